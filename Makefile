@@ -1,0 +1,38 @@
+# make quickstart   environment, then raw text to a trained model whose data was chosen by influence (five minutes, CPU)
+# make test         environment, then the tests
+# make lint         ruff
+# make benchmark    every benchmark in turn
+#
+# PYTHON chooses the interpreter of the environment (3.10 or newer), VENV its folder, OUTPUT the quickstart's.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= runs/quickstart
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: quickstart test lint benchmark clean
+
+# Remade when a requirement changes; pip then changes only what differs. torch comes first and by itself: asked for
+# beside other packages, pip may choose a CUDA build of several gigabytes instead of the pinned one.
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		recipes/quickstart.py --output-dir $(OUTPUT) $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/model_speed.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,23 @@
+"""MobileLLM-R1 (arXiv 2509.24945) for the Hugging Face stack.
+
+Importing the package registers the model with transformers' Auto classes and nothing more: training, data and plots
+are imported by the modules that use them.
+"""
+
+from .modeling import (
+    MobileLLMConfig,
+    MobileLLMForCausalLM,
+    MobileLLMForSequenceClassification,
+    MobileLLMModel,
+    save_as_llama4_text,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MobileLLMConfig",
+    "MobileLLMForCausalLM",
+    "MobileLLMForSequenceClassification",
+    "MobileLLMModel",
+    "save_as_llama4_text",
+]

@@ -1,0 +1,14 @@
+"""Text in, training rows out: where documents come from and how they become `input_ids`.
+
+Rooms, in the order data flows through them:
+
+    corpora.py           one name for a source: the embedded corpus, a Hub data set, or local files
+    embedded.py          the corpus that is already on the machine: no download, nothing redistributed
+    embedded_sources.py  what it is read from: one entry per source
+    local_files.py       local files: found, and checked before anything long starts
+    documents.py         what every source shares: cleaning, cutting, splitting by hash
+    tokenization.py      a Llama-3-style tokenizer of any size, trained on any corpus
+    packing.py           documents to rows of a fixed length, attention kept inside each document
+
+Import the submodule you need: this package imports nothing itself, so `import mobilellm_hf.data` costs nothing.
+"""

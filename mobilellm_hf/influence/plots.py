@@ -1,0 +1,51 @@
+"""Pictures of influence: which source helps which capability, and the mixture that follows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+
+def plot_influence(
+    scores: torch.Tensor,
+    sources: Sequence[str],
+    capabilities: Sequence[str],
+    weights: Mapping[str, float],
+    path: str | Path,
+) -> None:
+    """A heat map of source x capability beside bars of the mixture weights, the uniform weight marked.
+
+    Args:
+        scores: (sources, capabilities) influence, positive = helpful. Each column is shown as a share of its largest
+            magnitude, since a capability's scale is that of its gradient and means nothing across columns.
+        weights: source -> share of the training tokens.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    relative = (scores / scores.abs().amax(0)).tolist()
+    height = 1.6 + 0.34 * len(sources)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), width_ratios=(1, 1.4), layout="constrained")
+    left.imshow(relative, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for row, values in enumerate(relative):
+        for column, value in enumerate(values):
+            color = "white" if abs(value) > 0.6 else "black"
+            left.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=9)
+    left.set_xticks(range(len(capabilities)), capabilities)
+    left.set_yticks(range(len(sources)), sources)
+    left.set_title("Influence on each capability\n(share of the column's largest)", fontsize=10)
+    shares = [weights.get(source, 0.0) for source in sources]
+    bars = right.barh(range(len(sources)), shares, color="#4878a8")
+    right.bar_label(bars, [f"{share:.1%}" for share in shares], padding=3, fontsize=9)
+    right.axvline(1 / len(sources), color="gray", linestyle="--", label="uniform")
+    right.set_yticks(range(len(sources)), [])
+    right.set_ylim(len(sources) - 0.5, -0.5)
+    right.set_xlim(0, max(shares) * 1.15)
+    right.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    right.set_title("Share of the training tokens", fontsize=10)
+    right.legend(frameon=False, fontsize=9)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

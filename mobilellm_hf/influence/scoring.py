@@ -1,0 +1,52 @@
+"""Influence of whole sources (groups) on capability probes, equations (2) and (3) with H = identity.
+
+Positive means helpful: a training step on the group lowers the probe's loss to first order. The paper prints the
+opposite sign in its equation (2), which contradicts its own (6), "keep I > 0".
+"""
+
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from mobilellm_hf.influence.gradients import mean_gradient
+
+
+def group_influence(
+    model: PreTrainedModel,
+    groups: dict[str, Dataset],
+    probes: dict[str, Dataset],
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """rho of every group on every probe: the token-weighted mean influence of the group's samples, exact.
+
+    Costs one gradient per group and per probe set, and holds one gradient per probe set.
+
+    Returns:
+        (groups, probes) float64 tensor, rows and columns in the order of the two dictionaries.
+
+    Raises:
+        ValueError: a data set is empty or its gradient is not finite; the message names the data set.
+    """
+    directions = [_named_gradient(f"probe {name!r}", model, probes[name], batch_size, on_batch) for name in probes]
+    scores = torch.empty(len(groups), len(probes), dtype=torch.float64)
+    for row, name in enumerate(groups):
+        gradient = _named_gradient(f"source {name!r}", model, groups[name], batch_size, on_batch)
+        for column, direction in enumerate(directions):
+            scores[row, column] = sum(_inner(gradient[key], direction[key]) for key in direction)
+    return scores
+
+
+def _inner(left: torch.Tensor, right: torch.Tensor) -> float:
+    return torch.linalg.vecdot(left.double().flatten(), right.double().flatten()).item()
+
+
+def _named_gradient(label: str, model, dataset, batch_size, on_batch) -> dict[str, torch.Tensor]:
+    if len(dataset) == 0:
+        raise ValueError(f"{label} is empty")
+    try:
+        return mean_gradient(model, dataset, batch_size, on_batch)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error

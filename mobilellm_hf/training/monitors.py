@@ -1,0 +1,96 @@
+"""What is watched during training: NLL on each capability's probe set, and a loss that is no number."""
+
+import math
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+
+from mobilellm_hf.influence.gradients import count_predicted_tokens, summed_nll
+
+PROBE_PREFIX = "probe_nll/"
+
+
+@torch.no_grad()
+def mean_nll(model: PreTrainedModel, dataset: Dataset, batch_size: int = 16) -> float:
+    """Mean negative log-likelihood of the predicted tokens of `dataset`, in nats per token.
+
+    Args:
+        dataset: rows with `input_ids`, `labels` and, for packed rows, `position_ids`, all of one length.
+
+    Raises:
+        ValueError: no token is predicted.
+    """
+    columns = [name for name in ("input_ids", "labels", "position_ids") if name in dataset.column_names]
+    rows = dataset.select_columns(columns).with_format("torch", device=model.device)
+    was_training, total, tokens = model.training, 0.0, 0
+    model.eval()
+    for batch in rows.iter(batch_size):
+        total += summed_nll(model, batch).item()
+        tokens += count_predicted_tokens(batch["labels"])
+    model.train(was_training)
+    if tokens == 0:
+        raise ValueError("the data set has no predicted token: every label is -100 or every row has one token")
+    return total / tokens
+
+
+class ProbeNLLCallback(TrainerCallback):
+    """Logs the NLL on every probe set before the first step, every `every` steps and after the last.
+
+    The figures go to the trainer's log history as `probe_nll/<name>`, so they reach trackers and survive a resume.
+
+    Example:
+        >>> trainer.add_callback(ProbeNLLCallback({"code": code_rows, "math": math_rows}, every=100))
+    """
+
+    def __init__(self, probes: dict[str, Dataset], every: int, batch_size: int = 16):
+        self.probes = probes
+        self.every = every
+        self.batch_size = batch_size
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self._record(state, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._record(state, model)
+
+    def _record(self, state, model) -> None:
+        figures = {PROBE_PREFIX + name: mean_nll(model, rows, self.batch_size) for name, rows in self.probes.items()}
+        state.log_history.append({"step": state.global_step, **figures})
+
+
+def probe_history(log_history: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """probe name -> [(step, NLL), ...] from a trainer's log history."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            if key.startswith(PROBE_PREFIX):
+                curves.setdefault(key.removeprefix(PROBE_PREFIX), []).append((entry["step"], value))
+    return curves
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The training loss or the gradient norm became NaN or infinite."""
+
+
+class StopOnNonFiniteLoss(TrainerCallback):
+    """Ends training with an error at the first logged loss or gradient norm that is NaN or infinite.
+
+    The Trainer would log 0 in its place and go on (`logging_nan_inf_filter`), and save the ruined weights. With
+    `logging_steps=1` it stops within the step, before anything is saved.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.logging_nan_inf_filter:
+            raise ValueError("StopOnNonFiniteLoss sees no NaN while logging_nan_inf_filter is True: set it to False")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise NonFiniteLossError(
+                    f"{name} is {logs[name]} at step {state.global_step}: lower the learning rate "
+                    f"({args.learning_rate:g}) or raise warmup_steps, and resume from the last checkpoint in "
+                    f"{args.output_dir}"
+                )

@@ -1,0 +1,41 @@
+"""Packaging. The ranges below are what the tests were run on, both ends; constraints.txt has the exact versions."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mobilellm_hf/__init__.py").read_text())[1]
+
+EXTRAS = {
+    "plots": ["matplotlib>=3.9"],  # the pictures that recipes draw
+    "peft": ["peft>=0.21,<1"],  # LoRA and other adapters
+    "lint": ["ruff==0.17.6"],
+}
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", *EXTRAS["plots"], *EXTRAS["peft"]]
+
+setup(
+    name="mobilellm_hf",
+    version=VERSION,
+    description="MobileLLM-R1 for the Hugging Face stack: small reasoning models whose data is chosen by influence",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mobilellm_hf", "mobilellm_hf.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        # the model
+        "torch>=2.13,<3",
+        "transformers>=5.23,<6",
+        # every recipe
+        "accelerate>=1.15,<2",
+        "datasets>=5.2,<6",
+        "huggingface-hub>=2.4,<3",
+        "numpy>=2",
+        "rich>=13",
+        "jinja2>=3.1",
+        "sympy>=1.13",
+    ],
+    extras_require=EXTRAS,
+)
