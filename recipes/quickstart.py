@@ -65,6 +65,9 @@ class Settings:
 
     steps: int
     proxy_steps: int
+    rows_per_source: int
+    rows_per_probe: int
+    rows_per_test: int
     extra_source: list[str]
     seed: int
     vocab_size: int = 4096
@@ -73,13 +76,10 @@ class Settings:
     num_hidden_layers: int = 4
     num_attention_heads: int = 3
     num_key_value_heads: int = 1
-    seq_length: int = 256
-    batch_size: int = 16
-    learning_rate: float = 4e-3
+    seq_length: int = 128
+    batch_size: int = 4  # small: with so few tokens, the number of steps counts more than their precision
+    learning_rate: float = 3e-3
     checkpoints_scored: int = 3
-    rows_per_source: int = 20
-    rows_per_probe: int = 24
-    rows_per_test: int = 36
     evaluations: int = 6
 
 
@@ -313,8 +313,11 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="one subfolder a stage")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of each compared model, of 4,096 tokens")
-    parser.add_argument("--proxy-steps", type=int, default=60, help="training steps of the model that scores")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of each compared model, of 512 tokens")
+    parser.add_argument("--proxy-steps", type=int, default=300, help="training steps of the model that scores")
+    parser.add_argument("--rows-per-source", type=int, default=40, help="rows of a source whose gradient is taken")
+    parser.add_argument("--rows-per-probe", type=int, default=48, help="rows of a probe whose gradient is taken")
+    parser.add_argument("--rows-per-test", type=int, default=72, help="rows of a capability's held-out test files")
     parser.add_argument("--extra-source", action="append", default=[], metavar="DOMAIN:PATH_OR_ID",
                         help="one more source to weigh: code, math or knowledge, and a file, folder, glob or Hub id")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of every draw")
@@ -330,7 +333,7 @@ def main() -> None:
     try:
         if PartialState().num_processes > 1:
             raise ValueError("quickstart runs in one process: accelerate launch --num_processes 1")
-        settings = Settings(args.steps, args.proxy_steps, args.extra_source, args.seed)
+        settings = Settings(**{name: value for name, value in vars(args).items() if name != "output_dir"})
         run(Workspace(args.output_dir, vars(settings)), settings, console)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)

@@ -1,0 +1,141 @@
+"""The main job from end to end, in small: launched as a user does, killed and taken up again, and given bad input."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import load_dataset
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--steps 6 --proxy-steps 3 --rows-per-source 2 --rows-per-probe 2 --rows-per-test 2".split()
+
+
+def launch(folder: Path, *options: str) -> subprocess.Popen:
+    single = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *single, str(ROOT / "recipes" / "quickstart.py")]
+    return subprocess.Popen(
+        [*command, "--output-dir", str(folder), *SMALL, *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "COLUMNS": "120"},
+    )  # fmt: skip
+
+
+def history(folder: Path, run: str) -> list[dict]:
+    log = json.loads((folder / run / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in entry.items() if key.startswith(("loss", "probe"))} for entry in log[:-1]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    process = launch(folder)
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output
+    return folder, output
+
+
+def test_it_ends_with_a_table_pictures_and_a_model_that_generates(finished):
+    folder, output = finished
+    assert "Held-out NLL" in output and "[7/7] report" in output
+    weights = yaml.safe_load((folder / "influence" / "mixture.yaml").read_text())["weights"]
+    assert len(weights) >= 6 and sum(weights.values()) == pytest.approx(1)
+    scores = load_dataset("parquet", data_files=str(folder / "influence" / "scores.parquet"), split="train")
+    assert len(scores) == 3 * len(weights) * 3  # checkpoints x sources x capabilities
+    for name in ("influence.png", "probe_nll.png", "README.md"):
+        assert (folder / "model" / name).stat().st_size > 500
+    code = (
+        "import sys, mobilellm_hf; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "ids = model.generate(**tokenizer('def f(', return_tensors='pt'), max_new_tokens=5, min_new_tokens=5);"
+        "print(type(model).__name__, ids.shape[1] - len(tokenizer('def f(')['input_ids']))"
+    )
+    process = subprocess.run([sys.executable, "-c", code, str(folder / "model")], capture_output=True, text=True)
+    assert process.stdout.strip() == "MobileLLMForCausalLM 5", process.stderr
+
+
+def test_the_table_and_the_card_say_which_mix_won(finished):
+    folder, output = finished
+    last = {run: history(folder, run)[-1] for run in ("influence-mix", "uniform-mix")}
+    means = {run: sum(v for k, v in e.items() if k.startswith("probe")) / 3 for run, e in last.items()}
+    winner = min(means, key=means.get)
+    row = next(line for line in output.splitlines() if line.startswith("│ mean"))
+    assert row.split("│")[-2].strip() == winner.removesuffix("-mix")
+    assert f"{means['influence-mix']:.4f}" in row and f"{means['uniform-mix']:.4f}" in row
+    assert f"**{winner.replace('-', ' ')}**" in (folder / "model" / "README.md").read_text()
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(finished, tmp_path):
+    process = launch(tmp_path)
+    while not (tmp_path / "influence-mix" / "checkpoint-3" / "trainer_state.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "uniform-mix").exists()
+    written = (tmp_path / "influence" / "scores.parquet").stat().st_mtime_ns
+    process = launch(tmp_path)
+    output = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, output
+    assert (tmp_path / "influence" / "scores.parquet").stat().st_mtime_ns == written  # scored once
+    for run in ("influence-mix", "uniform-mix"):
+        assert history(tmp_path, run) == history(finished[0], run)
+    weights = "model/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (finished[0] / weights).read_bytes()
+
+
+@pytest.fixture
+def quickstart(monkeypatch, tmp_path):
+    """quickstart(*arguments) -> exit code; in this process, which is where errors must come up fast."""
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "recipes" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output-dir", str(tmp_path / "out"), *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            module.main()
+        return exit_info.value.code
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("code:missing.jsonl", "missing.jsonl"),
+        ("poetry:a.txt", "DOMAIN one of code, math, knowledge"),
+        ("math:empty.txt", "empty.txt"),
+        ("math:latin.txt", "is not UTF-8"),
+        ("knowledge:other.jsonl", "has no column 'text'"),
+    ],
+)
+def test_a_bad_source_is_an_error_that_names_it(quickstart, tmp_path, monkeypatch, capsys, source, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("latin.txt").write_bytes("Gr\u00fc\u00dfe ".encode("latin-1") * 50)
+    Path("other.jsonl").write_text('{"body": "x"}\n')
+    assert quickstart("--extra-source", source) == 2
+    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert not (tmp_path / "out" / "corpus").exists()
+
+
+def test_help_explains_every_option(quickstart, capsys):
+    assert quickstart("--help") == 0
+    text = capsys.readouterr().out
+    for option in ("--output-dir", "--steps", "--proxy-steps", "--extra-source", "--seed"):
+        assert option in text
+
+
+def test_another_setting_in_the_same_folder_is_refused(quickstart, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text('{"steps": 7}')
+    assert quickstart("--steps", "8") == 2
+    assert "steps=7, not 8" in capsys.readouterr().out
