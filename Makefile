@@ -30,6 +30,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/model_speed.py $(ARGS)

@@ -82,7 +82,9 @@ class StageProgress:
         if not self.console.is_terminal:
             number = list(self._tasks).index(name) + 1
             seconds = time.perf_counter() - began
-            self.console.print(f"[{number}/{len(self._tasks)}] {name}: {seconds:.1f} s  {stage.note}", markup=False)
+            self.console.print(
+                f"[{number}/{len(self._tasks)}] {name}: {seconds:.1f} s  {stage.note}", markup=False, soft_wrap=True
+            )
 
 
 class StageProgressCallback(TrainerCallback):

@@ -37,7 +37,7 @@ from mobilellm_hf.data.embedded import load_embedded_corpus
 from mobilellm_hf.data.mixture import draw_rows
 from mobilellm_hf.data.packing import tokenize_and_pack
 from mobilellm_hf.data.tokenization import check_tokenizer, train_tokenizer
-from mobilellm_hf.influence import group_influence, joint_influence, mixture_weights
+from mobilellm_hf.influence import average_checkpoints, group_influence, mixture_weights
 from mobilellm_hf.influence.plots import plot_influence
 from mobilellm_hf.progress import Stage, StageProgress, StageProgressCallback
 from mobilellm_hf.training import ProbeNLLCallback, StopOnNonFiniteLoss
@@ -89,7 +89,9 @@ def build_corpus(workspace: Workspace, settings: Settings, stage: Stage) -> Data
         for entry in settings.extra_source:  # first, so that a misspelt file is found before anything is read
             domain, _, name = entry.partition(":")
             if domain not in PROBES or not name:
-                raise ValueError(f"--extra-source {entry!r}: write DOMAIN:PATH_OR_ID, DOMAIN one of {', '.join(PROBES)}")
+                raise ValueError(
+                    f"--extra-source {entry!r}: write DOMAIN:PATH_OR_ID, DOMAIN one of {', '.join(PROBES)}"
+                )
             extras.append(split_by_hash(load_corpus(name, domain=domain), {"train": 0.9, "probe": 0.05, "test": 0.05}))
         corpora = [load_embedded_corpus(), *extras]
         splits = {split: concatenate_datasets([corpus[split] for corpus in corpora]) for split in corpora[0]}
@@ -200,7 +202,7 @@ def score_sources(
             model = MobileLLMForCausalLM.from_pretrained(folder).to(PartialState().device)
             scores.append(group_influence(model, samples, probes, on_batch=stage.advance))
         steps = [int(folder.name.split("-")[1]) for folder in folders]
-        joint = joint_influence(torch.stack(scores), steps)
+        influence = average_checkpoints(torch.stack(scores), steps)
         table = Dataset.from_list([
             {"step": step, "source": source, "capability": capability, "influence": score[row, column].item()}
             for step, score in zip(steps, scores, strict=True)
@@ -209,9 +211,9 @@ def score_sources(
         ])  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         table.to_parquet(path / "scores.parquet")
-        weights = mixture_weights(joint, sources)
+        weights = mixture_weights(influence.mean(-1), sources)
         (path / "mixture.yaml").write_text(yaml.safe_dump({"weights": weights}, sort_keys=False))
-        plot_influence(scores[-1], sources, list(PROBES), weights, path / "influence.png")
+        plot_influence(influence, sources, list(PROBES), weights, path / "influence.png")
 
     folder = workspace.once("influence", build)
     weights = yaml.safe_load((folder / "mixture.yaml").read_text())["weights"]
@@ -289,7 +291,9 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
         uniform = {source: 1 / len(sources) for source in sources}
         with progress.stage(STAGES[2]) as stage:
             drawn, _ = draw_rows(rows["train"], uniform, settings.proxy_steps * settings.batch_size, settings.seed + 1)
-            train(workspace, "proxy", settings, config, drawn, stage, settings.proxy_steps, settings.checkpoints_scored)
+            train(
+                workspace, "proxy", settings, config, drawn, stage, settings.proxy_steps, settings.checkpoints_scored
+            )
         with progress.stage(STAGES[3]) as stage:
             weights = score_sources(workspace, settings, rows, sources, stage)
         tests = {c: sample_rows(rows["test"], s, settings.rows_per_test, settings.seed) for c, s in PROBES.items()}
@@ -318,8 +322,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows-per-source", type=int, default=40, help="rows of a source whose gradient is taken")
     parser.add_argument("--rows-per-probe", type=int, default=48, help="rows of a probe whose gradient is taken")
     parser.add_argument("--rows-per-test", type=int, default=72, help="rows of a capability's held-out test files")
-    parser.add_argument("--extra-source", action="append", default=[], metavar="DOMAIN:PATH_OR_ID",
-                        help="one more source to weigh: code, math or knowledge, and a file, folder, glob or Hub id")
+    parser.add_argument(
+        "--extra-source",
+        action="append",
+        default=[],
+        metavar="DOMAIN:PATH_OR_ID",
+        help="one more source to weigh: code, math or knowledge, and a file, folder, glob or Hub id",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of every draw")
     return parser.parse_args()
 

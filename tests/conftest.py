@@ -1,4 +1,4 @@
-"""Set before anything imports huggingface_hub or tokenizers: the tests touch no network and fork no tokenizer threads."""
+"""Before anything imports huggingface_hub or tokenizers: the tests touch no network and fork no tokenizer threads."""
 
 import os
 

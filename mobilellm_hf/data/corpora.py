@@ -84,8 +84,10 @@ def load_corpus(
     if name.split(":")[0] == "embedded":
         return _finish(_load_embedded(name, split, streaming), name, "text", source, domain, min_characters)
     if not looks_local(name):
-        remedy = (f"There is no such local file either. Check the name, the subset ({subset}), the split ({split}) "
-                  f"and the connection (HF_HUB_OFFLINE must not be 1 unless the data set is in the cache).")
+        remedy = (
+            f"There is no such local file either. Check the name, the subset ({subset}), the split ({split}) "
+            f"and the connection (HF_HUB_OFFLINE must not be 1 unless the data set is in the cache)."
+        )
         with _explained(f"the Hub data set {name}", remedy):
             dataset = _load_hub(name, split, subset, revision, streaming)
             return _finish(dataset, name, text_column, source, domain, min_characters)
@@ -179,8 +181,10 @@ def _finish(
     if text_column not in kinds:
         raise CorpusError(missing_column(name, text_column, list(kinds)))
     if kinds[text_column] not in STRINGS:
-        raise CorpusError(f"The text column {text_column!r} of {name} holds {kinds[text_column]}, not strings. "
-                          f"Name another with text_column.")
+        raise CorpusError(
+            f"The text column {text_column!r} of {name} holds {kinds[text_column]}, not strings. "
+            f"Name another with text_column."
+        )
     if not (kinds.get("source") in STRINGS and kinds.get("domain") in STRINGS):
         source, domain = source or _short_name(name), domain or UNKNOWN_DOMAIN
     to_columns = _Columns(text_column, {"source": source, "domain": domain})
@@ -189,8 +193,10 @@ def _finish(
         return rows.filter(is_long_enough, input_columns="text", fn_kwargs={"min_characters": min_characters})
     kept = drop_empty_and_repeated(rows, min_characters)
     if len(kept) == 0:
-        raise CorpusError(f"Nothing is left of {name}: none of its {len(rows)} rows has {min_characters} characters "
-                          f"in {text_column!r}. Lower min_characters, or name another text_column.")
+        raise CorpusError(
+            f"Nothing is left of {name}: none of its {len(rows)} rows has {min_characters} characters "
+            f"in {text_column!r}. Lower min_characters, or name another text_column."
+        )
     if len(kept) < len(rows):
         logger.info("%s: %d of %d rows were nearly empty or repeated.", name, len(rows) - len(kept), len(rows))
     return kept

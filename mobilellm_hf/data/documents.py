@@ -167,7 +167,8 @@ def _cut_points(sizes: list[int], shares: list[float]) -> list[int]:
     totals = list(itertools.accumulate(sizes))
     cuts = [0]
     for number, share in enumerate(itertools.accumulate(shares[:-1]), start=1):
-        nearest = bisect.bisect_right([2 * total - size for total, size in zip(totals, sizes, strict=True)],
-                                      2 * share * totals[-1])
+        nearest = bisect.bisect_right(
+            [2 * total - size for total, size in zip(totals, sizes, strict=True)], 2 * share * totals[-1]
+        )
         cuts.append(min(max(nearest, cuts[-1] + 1), len(sizes) - (len(shares) - number)))
     return [*cuts, len(sizes)]

@@ -143,8 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Reads the embedded corpus from what is installed and prints how much of it there is.",
     )
     parser.add_argument("--sources", nargs="+", metavar="NAME", help=f"only these of: {', '.join(SOURCES)}")
-    parser.add_argument("--max-bytes-per-source", type=int, default=MAX_BYTES_PER_SOURCE, metavar="N",
-                        help="UTF-8 bytes kept of a source at most, a sample by module (default: %(default)s)")
+    parser.add_argument(
+        "--max-bytes-per-source",
+        type=int,
+        default=MAX_BYTES_PER_SOURCE,
+        metavar="N",
+        help="UTF-8 bytes kept of a source at most, a sample by module (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides that sample (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:

@@ -64,14 +64,18 @@ def find_files(name: str) -> tuple[str, list[Path]]:
 
     for file in files:
         if extension(file) not in LOADERS:
-            raise CorpusError(f"{file}: files of the format {extension(file) or '(none)'} cannot be read. "
-                              f"Known formats: {_formats()}.")
+            raise CorpusError(
+                f"{file}: files of the format {extension(file) or '(none)'} cannot be read. "
+                f"Known formats: {_formats()}."
+            )
         if file.stat().st_size == 0:
             raise CorpusError(f"{file} is empty. Remove it, or write it again.")
     loaders = {LOADERS[extension(file)] for file in files}
     if len(loaders) > 1:
-        raise CorpusError(f"{name} mixes the formats {', '.join(sorted(set(map(extension, files))))}. "
-                          f"Name one of them with a pattern, such as {path}/**/*{extension(files[0])}.")
+        raise CorpusError(
+            f"{name} mixes the formats {', '.join(sorted(set(map(extension, files))))}. "
+            f"Name one of them with a pattern, such as {path}/**/*{extension(files[0])}."
+        )
     return loaders.pop(), files
 
 
@@ -118,8 +122,9 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, str]]:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 place = f"byte {line[error.start]:#04x} at offset {offset + error.start}, line {number}"
-                raise CorpusError(f"{path} is not UTF-8: {place}. If it is Latin-1, convert it with "
-                                  f"iconv -f latin1 -t utf-8.") from None
+                raise CorpusError(
+                    f"{path} is not UTF-8: {place}. If it is Latin-1, convert it with iconv -f latin1 -t utf-8."
+                ) from None
             yield number, text.removeprefix("\ufeff")
             offset += len(line)
             if limit is not None and offset >= limit:
@@ -139,8 +144,10 @@ def _check_json(path: Path, text_column: str, limit: int | None) -> None:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise CorpusError(f"{path}, line {number}: {error.msg} at column {error.colno}. The file must hold "
-                                  f"one JSON object a line (or, as .json, one array of objects).") from None
+                raise CorpusError(
+                    f"{path}, line {number}: {error.msg} at column {error.colno}. The file must hold "
+                    f"one JSON object a line (or, as .json, one array of objects)."
+                ) from None
             has_text = _check_record(path, f"line {number}", row, text_column) or has_text
             seen += [name for name in row if name not in seen]
     if not has_text:
@@ -168,8 +175,10 @@ def _check_record(path: Path, place: str, row: object, text_column: str) -> bool
         raise CorpusError(f'{path}, {place} is a {kind}, not an object such as {{"{text_column}": "..."}}.')
     if not isinstance(row.get(text_column), str | None):
         kind = type(row[text_column]).__name__
-        raise CorpusError(f"{path}, {place}: the text column {text_column!r} holds a {kind}, not a string. "
-                          f"Name another with text_column.")
+        raise CorpusError(
+            f"{path}, {place}: the text column {text_column!r} holds a {kind}, not a string. "
+            f"Name another with text_column."
+        )
     return text_column in row
 
 
@@ -185,8 +194,9 @@ def _check_parquet(path: Path, text_column: str) -> None:
         raise CorpusError(missing_column(str(path), text_column, schema.names))
     kind = schema.field(text_column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise CorpusError(f"{path}: the text column {text_column!r} holds {kind}, not strings. "
-                          f"Name another with text_column.")
+        raise CorpusError(
+            f"{path}: the text column {text_column!r} holds {kind}, not strings. Name another with text_column."
+        )
 
 
 def missing_column(name: str, text_column: str, columns: Sequence[str]) -> str:

@@ -116,12 +116,16 @@ def _check(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"Packing needs one map-style data set, not a {type(dataset).__name__}: choose a split, and "
-                        f"load without streaming.")
+        raise TypeError(
+            f"Packing needs one map-style data set, not a {type(dataset).__name__}: choose a split, and "
+            f"load without streaming."
+        )
     missing = [name for name in ("text", *GROUP) if name not in dataset.column_names]
     if missing:
-        raise ValueError(f"Packing needs the column(s) {', '.join(missing)}; the data set has {dataset.column_names}. "
-                         f"load_corpus makes them.")
+        raise ValueError(
+            f"Packing needs the column(s) {', '.join(missing)}; the data set has {dataset.column_names}. "
+            f"load_corpus makes them."
+        )
     if len(dataset) == 0:
         raise ValueError("There are no documents to pack.")
     if tokenizer.eos_token_id is None:

@@ -81,8 +81,10 @@ def train_tokenizer(
     special_tokens = LLAMA3_SPECIAL_TOKENS if all_special_tokens else NAMED_SPECIAL_TOKENS
     smallest = NUMBER_OF_BYTES + len(special_tokens)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} ({NUMBER_OF_BYTES} bytes and {len(special_tokens)} "
-                         f"special tokens); it is {vocab_size}.")
+        raise ValueError(
+            f"vocab_size must be at least {smallest} ({NUMBER_OF_BYTES} bytes and {len(special_tokens)} "
+            f"special tokens); it is {vocab_size}."
+        )
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of documents, not one string; pass [text].")
 
@@ -100,8 +102,12 @@ def train_tokenizer(
     tokenizer.train_from_iterator(_at_least_one(texts), trainer)
     _add_special_tokens(tokenizer, special_tokens)
     if tokenizer.get_vocab_size() < vocab_size:
-        logger.warning("The texts gave a vocabulary of %d ids; %d were asked for. Train on more text, or set the "
-                       "model's vocab_size to the smaller number.", tokenizer.get_vocab_size(), vocab_size)
+        logger.warning(
+            "The texts gave a vocabulary of %d ids; %d were asked for. Train on more text, or set the "
+            "model's vocab_size to the smaller number.",
+            tokenizer.get_vocab_size(),
+            vocab_size,
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS_TOKEN,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 
-def joint_influence(scores: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
-    """Equation (4): the mean over capabilities and checkpoints, a checkpoint weighted by its training step.
+def average_checkpoints(scores: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+    """The inner sum of equation (4): the mean over checkpoints, each weighted by its training step.
 
     Args:
         scores: (checkpoints, groups, capabilities); several models' checkpoints can be scored per capability, as in
@@ -14,7 +14,7 @@ def joint_influence(scores: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
         steps: training step of each checkpoint, positive.
 
     Returns:
-        (groups,) joint influence.
+        (groups, capabilities) influence. Its mean over the capabilities is the joint influence of equation (4).
 
     Raises:
         ValueError: the steps do not match the scores or are not positive.
@@ -22,7 +22,7 @@ def joint_influence(scores: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
     if len(steps) != len(scores) or min(steps) <= 0:
         raise ValueError(f"steps must be {len(scores)} positive numbers, one per checkpoint, not {list(steps)}")
     alpha = torch.tensor(steps, dtype=scores.dtype) / sum(steps)
-    return torch.einsum("t,tgc->g", alpha, scores) / scores.shape[-1]
+    return torch.einsum("t,tgc->gc", alpha, scores)
 
 
 def mixture_weights(rho: torch.Tensor, groups: Sequence[str], floor: float = 0.0) -> dict[str, float]:

@@ -24,6 +24,7 @@ def plot_influence(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     relative = (scores / scores.abs().amax(0)).tolist()
     height = 1.6 + 0.34 * len(sources)
@@ -43,6 +44,7 @@ def plot_influence(
     right.set_yticks(range(len(sources)), [])
     right.set_ylim(len(sources) - 0.5, -0.5)
     right.set_xlim(0, max(shares) * 1.15)
+    right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
     right.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     right.set_title("Share of the training tokens", fontsize=10)
     right.legend(frameon=False, fontsize=9)

@@ -195,19 +195,20 @@ def _refuse(origin: str, field: str, value: Any, why: str) -> None:
 
 
 def _from_llama4_text(config_dict: dict[str, Any], origin: str) -> dict[str, Any]:
-    source = Llama4TextConfig(**config_dict)
-    depth = source.num_hidden_layers
-    rope_flags = source.no_rope_layers[:depth]  # a circulating 360M config lists 22 flags for 15 layers
+    depth = config_dict.get("num_hidden_layers", Llama4TextConfig.num_hidden_layers)
+    # A circulating 360M config has 22 entries for its 15 layers, which Llama4TextConfig refuses.
+    by_layer = {name: config_dict[name][:depth] for name in ("no_rope_layers", "layer_types") if config_dict.get(name)}
+    source = Llama4TextConfig(**{**config_dict, **by_layer})
     if source.moe_layers:
         _refuse(origin, "moe_layers", source.moe_layers, "these layers are mixtures of experts")
-    if not all(rope_flags):
+    if not all(source.no_rope_layers):
         _refuse(origin, "no_rope_layers", source.no_rope_layers, "0 marks a layer without RoPE")
     if source.attn_temperature_tuning:
         _refuse(origin, "attn_temperature_tuning", True, "queries would be rescaled by position")
     if source.attention_bias:
         _refuse(origin, "attention_bias", True, "its projections have no bias")
     chunk, context = source.attention_chunk_size, source.max_position_embeddings
-    if "chunked_attention" in source.layer_types[:depth] and chunk is not None and chunk < context:
+    if "chunked_attention" in source.layer_types and chunk is not None and chunk < context:
         _refuse(origin, "attention_chunk_size", chunk, f"it cuts attention within the context of {context} tokens")
     return _native(source, intermediate_size=source.intermediate_size_mlp, use_qk_norm=source.use_qk_norm)
 

@@ -190,6 +190,24 @@ class MobileLLMPreTrainedModel(PreTrainedModel):
         return loaded
 
 
+class _CacheNow:
+    """A cache that the mask reads at its present length.
+
+    flex_attention evaluates its mask inside the layers, and a StaticCache's length is a tensor that the first of them
+    moves on: the mask of transformers 5.23 would be a step ahead.
+    """
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+
+    def __getattr__(self, name: str):
+        return getattr(self._cache, name)
+
+    def get_query_offset(self, *args):
+        offset = self._cache.get_query_offset(*args)
+        return offset.clone() if torch.is_tensor(offset) else offset
+
+
 class MobileLLMModel(MobileLLMPreTrainedModel):
     """The decoder without a head. Returns the last hidden states (batch, tokens, hidden_size) after the final norm."""
 
@@ -199,8 +217,7 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            MobileLLMDecoderLayer(config, first)
-            for first in range(0, config.num_hidden_layers, config.layer_repeats)
+            MobileLLMDecoderLayer(config, first) for first in range(0, config.num_hidden_layers, config.layer_repeats)
         )
         self.norm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MobileLLMRotaryEmbedding(config)
@@ -227,11 +244,12 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+        flex = self.config._attn_implementation == "flex_attention" and past_key_values is not None
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=_CacheNow(past_key_values) if flex else past_key_values,
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -333,6 +351,11 @@ def linear_causal_lm_loss(
     return (total / items.masked_fill(items == 0, 1)).masked_fill(items == 0, torch.nan)
 
 
+def _is_fsdp_group(head: nn.Module) -> bool:
+    """Whether FSDP2 shards this Linear as a group of its own, as accelerate's plugin does: it derives a class then."""
+    return type(head).__bases__[-1] is nn.Linear and hasattr(head, "unshard")
+
+
 class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -347,14 +370,26 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def loss_needs_logits(self) -> bool:
-        """Whether the loss must see logits: another `loss_function` was set, or the head is not a plain matrix at hand.
+        """Whether the loss must see logits: another `loss_function` was set, or the head's matrix is not to be had.
 
-        It is not one with adapters or quantized, sharded (a DTensor, as in tensor parallelism), or offloaded: accelerate
-        brings the weight in, or the input to its device, only when the head is called (`_hf_hook`).
+        It is not when the head is quantized or has adapters, when it is sharded (a DTensor under tensor parallelism),
+        and when accelerate brings weight and input together only as the head is called (`_hf_hook`: offloading).
         """
         head = self.lm_head
+        gathered = _is_fsdp_group(head) and (self.tp_size or 1) == 1
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
-        return hasattr(self, "_loss_function") or not plain
+        return hasattr(self, "_loss_function") or not (plain or gathered)
+
+    def fused_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        head = self.lm_head
+        if not _is_fsdp_group(head):
+            return linear_causal_lm_loss(hidden_states, head.weight, labels, **kwargs)
+        # The weight is whole only while the head is called, so the loss is computed in the place of its forward.
+        head.forward = lambda hidden_states: linear_causal_lm_loss(hidden_states, head.weight, labels, **kwargs)
+        try:
+            return head(hidden_states)
+        finally:
+            del head.forward
 
     @can_return_tuple
     def forward(
@@ -395,7 +430,7 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
         if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         elif labels is not None:
-            loss = linear_causal_lm_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs)
+            loss = self.fused_loss(outputs.last_hidden_state, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

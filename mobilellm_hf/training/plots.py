@@ -25,7 +25,8 @@ def plot_probe_nll(runs: ProbeCurves, path: str | Path, tokens_per_step: int) ->
             steps, values = zip(*curves[probe][1:], strict=True)
             tokens = [step * tokens_per_step / 1e3 for step in steps]
             panel.plot(tokens, values, marker="o", markersize=3, color=color, label=name)
-            panel.annotate(f"{values[-1]:.3f}", (tokens[-1], values[-1]), fontsize=8, color=color)
+            end = (tokens[-1], values[-1])
+            panel.annotate(f"{values[-1]:.3f}", end, (0, 6), textcoords="offset points", fontsize=8, color=color)
         panel.set_title(probe, fontsize=10)
         panel.set_xlabel("training tokens (thousands)")
         panel.spines[["top", "right"]].set_visible(False)

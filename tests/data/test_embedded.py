@@ -110,14 +110,14 @@ def test_the_synthetic_answers_are_right():
     for line in text.splitlines():
         question, answer = line.rsplit(" Answer: ", 1)
         if question.startswith("What is") and "%" not in question:
-            assert eval(question[len("What is "):question.index("?")]) == int(answer)
+            assert eval(question[len("What is ") : question.index("?")]) == int(answer)
             checked += 1
         elif question.startswith("Solve"):
-            left, right = question[len("Solve "):question.index(".")].replace("x", answer).split(" = ")
+            left, right = question[len("Solve ") : question.index(".")].replace("x", answer).split(" = ")
             assert eval(left) == int(right)
             checked += 1
         else:
-            percent, of = question[len("What is "):question.index("?")].split("% of ")
+            percent, of = question[len("What is ") : question.index("?")].split("% of ")
             assert int(percent) * int(of) == 100 * int(answer)
     assert checked >= 3
 

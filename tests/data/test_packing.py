@@ -114,8 +114,9 @@ def test_a_second_run_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
 
 def test_transformers_keeps_attention_inside_the_documents_of_a_row(tokenizer):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
     model = LlamaForCausalLM(config).eval()
     packed, _ = tokenize_and_pack(documents(30, seed=4, longest=10), tokenizer, 40)
     row = {name: torch.tensor([packed[0][name]]) for name in ("input_ids", "position_ids", "labels")}

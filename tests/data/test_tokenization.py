@@ -101,8 +101,14 @@ def test_training_is_deterministic_across_processes(tokenizer):
         "print(json.dumps(train_tokenizer(json.load(sys.stdin), 400, show_progress=False).get_vocab()))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True,
-                         input=json.dumps(TEXTS))
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        input=json.dumps(TEXTS),
+    )
     assert json.loads(run.stdout) == tokenizer.get_vocab()
 
 

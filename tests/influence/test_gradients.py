@@ -16,7 +16,11 @@ SHAPE = dict(
 
 def build(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = MobileLLMForCausalLM(MobileLLMConfig(**SHAPE)) if kind == "mobilellm" else LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = (
+        MobileLLMForCausalLM(MobileLLMConfig(**SHAPE))
+        if kind == "mobilellm"
+        else LlamaForCausalLM(LlamaConfig(**SHAPE))
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name:  # or every norm weight would be one and its gradient untried
             parameter.data += 0.1 * torch.randn_like(parameter)

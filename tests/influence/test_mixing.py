@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from mobilellm_hf.influence import joint_influence, mixture_weights
+from mobilellm_hf.influence import average_checkpoints, mixture_weights
 
 
-def test_joint_influence_weighs_checkpoints_by_step_and_capabilities_alike():
+def test_checkpoints_are_weighted_by_their_step():
     scores = torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]], dtype=torch.float64)  # 2 checkpoints, 1 group, 2 capabilities
-    assert joint_influence(scores, [10, 30]).tolist() == pytest.approx([0.25 * 2.0 + 0.75 * 6.0])
+    assert average_checkpoints(scores, [10, 30]).tolist()[0] == pytest.approx(
+        [0.25 * 1 + 0.75 * 5, 0.25 * 3 + 0.75 * 7]
+    )
 
 
 @pytest.mark.parametrize("steps", [[1], [1, 0], [1, 2, 3]])
-def test_joint_influence_refuses_steps_that_do_not_fit(steps):
+def test_average_checkpoints_refuses_steps_that_do_not_fit(steps):
     with pytest.raises(ValueError, match="2 positive numbers"):
-        joint_influence(torch.zeros(2, 1, 1), steps)
+        average_checkpoints(torch.zeros(2, 1, 1), steps)
 
 
 def test_weights_are_proportional_to_positive_influence():
