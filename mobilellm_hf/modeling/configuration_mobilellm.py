@@ -5,7 +5,7 @@ describe what the family varies: `rope_interleaved`, `use_qk_norm` and `layer_re
 format that describes the same network (`llama4_text`, `llama`, the classic `mobilellm`) is translated on reading; one
 that describes a different network is refused by the name and value of the field that makes it so.
 
-This file and `modeling_mobilellm.py` are copied into every saved folder, so that it loads with
+This file and its siblings named `*_mobilellm.py` are copied into every saved folder, so that it loads with
 `trust_remote_code=True` where this package is not installed: they import transformers and each other, nothing else.
 """
 

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from mobilellm_hf import MobileLLMForCausalLM
-from mobilellm_hf.modeling import modeling_mobilellm
+from mobilellm_hf.modeling import loss_mobilellm
 
-modeling_mobilellm.LOSS_CHUNK_ELEMENTS = 9 * 128  # several chunks
+loss_mobilellm.LOSS_CHUNK_ELEMENTS = 9 * 128  # several chunks
 
 
 def ddp(model, optimizer_class, folder):

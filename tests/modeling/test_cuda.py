@@ -6,7 +6,7 @@ from transformers import Llama4ForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from mobilellm_hf import MobileLLMForCausalLM, save_as_llama4_text
-from mobilellm_hf.modeling import modeling_mobilellm
+from mobilellm_hf.modeling import loss_mobilellm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -64,7 +64,7 @@ def test_bf16_is_as_near_to_fp32_as_the_eager_reference_is(load, tokens, attenti
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float, 1e-4), (torch.bfloat16, 2e-2)])
 def test_the_whole_graph_compiles(load, tokens, monkeypatch, dtype, tolerance):
-    monkeypatch.setattr(modeling_mobilellm, "LOSS_CHUNK_ELEMENTS", 200 * 256)  # three chunks, the last ragged
+    monkeypatch.setattr(loss_mobilellm, "LOSS_CHUNK_ELEMENTS", 200 * 256)  # three chunks, the last ragged
     torch._dynamo.reset()
     ids = tokens(4, 128).to("cuda")
     model = load(MobileLLMForCausalLM, dtype, "sdpa")

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mobilellm_hf import MobileLLMForCausalLM, MobileLLMForSequenceClassification
-from mobilellm_hf.modeling import modeling_mobilellm
+from mobilellm_hf.modeling import loss_mobilellm
 
 
 def step(model, ids, **options):
@@ -50,7 +50,7 @@ def test_gradient_checkpointing_changes_nothing(make_pair, tokens, use_reentrant
     [("inductor", torch.float, 1), ("aot_eager", torch.bfloat16, 1), ("aot_eager", torch.float, 2)],
 )
 def test_the_whole_graph_compiles(make_model, tokens, monkeypatch, backend, dtype, layer_repeats):
-    monkeypatch.setattr(modeling_mobilellm, "LOSS_CHUNK_ELEMENTS", 20 * 256)  # three chunks, the last ragged
+    monkeypatch.setattr(loss_mobilellm, "LOSS_CHUNK_ELEMENTS", 20 * 256)  # three chunks, the last ragged
     torch._dynamo.reset()
     model = make_model(num_hidden_layers=layer_repeats, layer_repeats=layer_repeats).to(dtype)
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from mobilellm_hf.modeling import modeling_mobilellm
-from mobilellm_hf.modeling.modeling_mobilellm import linear_causal_lm_loss
+from mobilellm_hf.modeling import loss_mobilellm
+from mobilellm_hf.modeling.loss_mobilellm import linear_causal_lm_loss
 
 VOCABULARY = 50
 BATCH, TOKENS, WIDTH = 3, 7, 16
@@ -15,7 +15,7 @@ BATCH, TOKENS, WIDTH = 3, 7, 16
 @pytest.fixture(params=[1, 4, 21, 1000], ids="{} tokens a chunk".format)
 def chunk(request, monkeypatch):
     """21 tokens in chunks of 1, of 4 (the last one ragged), of 21 and in a larger one."""
-    monkeypatch.setattr(modeling_mobilellm, "LOSS_CHUNK_ELEMENTS", request.param * VOCABULARY)
+    monkeypatch.setattr(loss_mobilellm, "LOSS_CHUNK_ELEMENTS", request.param * VOCABULARY)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def named_gradients(model):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("options", [dict(), dict(num_items_in_batch=torch.tensor(50))], ids=["mean", "num_items"])
 def test_a_training_step_equals_the_reference(monkeypatch, make_pair, tokens, tied, options):
-    monkeypatch.setattr(modeling_mobilellm, "LOSS_CHUNK_ELEMENTS", 5 * 256)
+    monkeypatch.setattr(loss_mobilellm, "LOSS_CHUNK_ELEMENTS", 5 * 256)
     model, reference = (half.train() for half in make_pair(tie_word_embeddings=tied))
     labels = tokens().masked_fill(torch.rand(2, 24) < 0.3, -100)
     ours, theirs = (half(tokens(), labels=labels, **options) for half in (model, reference))

@@ -39,7 +39,7 @@ def test_a_saved_folder_brings_its_code(tiny_config, tmp_path, tokens, run_pytho
     model = model_class(tiny_config(num_labels=3)).eval()
     folder, ids, out = (tmp_path / name for name in ("folder", "ids", "out"))
     model.save_pretrained(folder)
-    files = ["configuration_mobilellm.py", "modeling_mobilellm.py"]
+    files = ["configuration_mobilellm.py", "loss_mobilellm.py", "modeling_mobilellm.py"]
     assert sorted(path.name for path in folder.glob("**/*.py")) == files
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModel"] == "modeling_mobilellm.MobileLLMModel"

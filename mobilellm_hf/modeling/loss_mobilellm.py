@@ -1,0 +1,95 @@
+"""The training loss from hidden states: full logits are never built, nor is anything of their size.
+
+With a vocabulary of 128,256 the logits of a batch are larger than the 140M model, and on a CPU the pages they occupy
+cost more than the arithmetic on them. Like the model's file, this one is copied into every saved folder.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Logits that exist at once: those of 261 tokens of a 128k vocabulary (128 MiB in fp32).
+LOSS_CHUNK_ELEMENTS = 2**25
+
+
+def _chunk_loss(buffer: torch.Tensor, hidden_states, weight, targets, kept) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL of a chunk's tokens (tokens, 1), and the gradient of their sum by the logits, left in `buffer`."""
+    if hidden_states.dtype == buffer.dtype:
+        torch.mm(hidden_states, weight.mT, out=buffer)
+    else:
+        buffer.copy_(hidden_states @ weight.mT)
+    target_logits = buffer.gather(-1, targets)
+    # log-sum-exp by way of the largest probability, which cannot underflow
+    top, top_index = buffer.max(-1, keepdim=True)
+    probabilities = torch.softmax(buffer, -1, out=buffer)
+    nll = top - probabilities.gather(-1, top_index).log() - target_logits
+    logits_grad = probabilities.scatter_add_(-1, targets, torch.full_like(nll, -1.0)).mul_(kept)
+    return torch.where(kept, nll, 0.0), logits_grad
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of token NLLs of the logits `hidden_states @ weight.T`, which exist for one chunk of tokens at a time.
+
+    The gradients are formed on the way, while a chunk's probabilities are at hand: three matrix products, like the
+    unfused loss, at a fraction of its memory. hidden_states: (tokens, hidden); weight: (vocabulary, hidden); labels:
+    (tokens,), `ignore_index` where nothing is predicted. Probabilities and sums are fp32, or fp64 for fp64 weights.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels, ignore_index):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        device_type, ctx.weight_dtype = hidden_states.device.type, weight.dtype
+        precise = torch.promote_types(weight.dtype, torch.float)
+        hidden_grad = torch.empty_like(hidden_states) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=precise) if needs_weight else None
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+        kept = (labels != ignore_index)[:, None]
+        targets = torch.where(kept, labels[:, None], 0)
+        total = torch.zeros((), dtype=precise, device=hidden_states.device)
+        chunk = max(1, LOSS_CHUNK_ELEMENTS // len(weight))
+        # One buffer for every chunk, overwritten in place: fresh pages cost a CPU more than the arithmetic on them.
+        buffer = hidden_states.new_empty((min(chunk, len(hidden_states)), len(weight)), dtype=precise)
+        for start in range(0, len(hidden_states), chunk):
+            part = slice(start, start + chunk)
+            hidden = hidden_states[part]
+            nll, logits_grad = _chunk_loss(buffer[: len(hidden)], hidden, weight, targets[part], kept[part])
+            total += nll.sum()
+            logits_grad = logits_grad.to(hidden.dtype)
+            if needs_hidden:
+                hidden_grad[part] = logits_grad @ weight
+            if needs_weight and hidden.dtype == precise:
+                weight_grad.addmm_(logits_grad.mT, hidden)
+            elif needs_weight:
+                weight_grad += logits_grad.mT @ hidden
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, total_grad):
+        # In place: the two are this call's own, and nobody can ask for them twice without retain_graph.
+        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad = None if hidden_grad is None else hidden_grad.mul_(total_grad)
+        weight_grad = None if weight_grad is None else weight_grad.mul_(total_grad).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None
+
+
+def linear_causal_lm_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """transformers' `ForCausalLMLoss` from hidden states (batch, tokens, hidden) and the head's weight."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
+    total = LinearCrossEntropy.apply(hidden_states.flatten(0, -2), weight, shift_labels, ignore_index)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != ignore_index).sum()
+    items = torch.as_tensor(num_items_in_batch, device=total.device)
+    # Nothing to predict: the loss is NaN, as in transformers, but the gradients are zero and spare the weights.
+    return (total / items.masked_fill(items == 0, 1)).masked_fill(items == 0, torch.nan)
