@@ -206,6 +206,18 @@ def test_logits_to_keep(make_pair, tokens, keep):
     torch.testing.assert_close(kept, full[:, -keep:] if isinstance(keep, int) else full[:, keep], rtol=0, atol=1e-5)
 
 
+def test_each_row_can_keep_positions_of_its_own(make_pair, tokens):
+    model, reference = make_pair()
+    chosen = torch.tensor([[0, 7], [5, 23]])
+    mask = torch.zeros(2, 24, dtype=torch.bool).scatter_(1, chosen, True)
+    with torch.no_grad():
+        full = reference(tokens()).logits
+        expected = torch.stack([full[row, positions] for row, positions in enumerate(chosen)])
+        by_index, by_mask = (model(tokens(), logits_to_keep=keep).logits for keep in (chosen, mask))
+    torch.testing.assert_close(by_index, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_mask, expected.flatten(0, 1), rtol=0, atol=1e-5)
+
+
 def test_the_decoder_alone_and_as_a_tuple(make_pair, tokens):
     model, reference = make_pair()
     with torch.no_grad():

@@ -1,0 +1,46 @@
+"""Every Python block of README runs as it is printed, but for what needs the network or a finished quickstart."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = dict(
+    zip(("load", "train", "release"), re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+)
+
+
+@pytest.fixture(scope="module")
+def run_block(tmp_path_factory):
+    """run_block(name, *replacements) -> stdout; the train block has run before in the same folder."""
+    folder = tmp_path_factory.mktemp("readme")
+
+    def run(name: str, *replacements: tuple[str, str]) -> str:
+        code = BLOCKS[name]
+        for old, new in replacements:
+            assert old in code
+            code = code.replace(old, new)
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    run("train")
+    run.folder = folder
+    return run
+
+
+def test_there_are_three_uses():
+    assert README.count("```python") == len(BLOCKS) == 3
+
+
+def test_what_train_saved_is_loaded_and_generates(run_block):
+    assert run_block("load", ("runs/quickstart/model", "runs/train/model")).startswith("<|begin_of_text|>def __init__")
+
+
+def test_release_writes_the_twin(run_block):
+    run_block("release", ('model.push_to_hub("your-name/MobileLLM-tiny")', ""))
+    assert '"llama4_text"' in (run_block.folder / "runs/train/llama4/config.json").read_text()
