@@ -10,19 +10,23 @@ VENV ?= .venv
 OUTPUT ?= runs/quickstart
 BIN := $(VENV)/bin
 ARGS ?=
+TORCH_INDEX ?=
 
 .PHONY: quickstart test lint benchmark clean
 
-# Remade when a requirement changes; pip then changes only what differs. torch comes first and by itself: asked for
-# beside other packages, pip may choose a CUDA build of several gigabytes instead of the pinned one.
+# Remade when a requirement changes; pip then changes only what differs. torch comes first, so that its source can be
+# chosen: PyPI's Linux build brings gigabytes of CUDA, which a machine without a GPU is spared by
+#   make quickstart TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 $(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=...")'
+	@$(PYTHON) -c 'import ensurepip' || { echo "venv is missing: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_INDEX) $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 quickstart: $(VENV)/.installed
-	@$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	@CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		recipes/quickstart.py --output-dir $(OUTPUT) $(ARGS)
 
 test: $(VENV)/.installed

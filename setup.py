@@ -1,4 +1,4 @@
-"""Packaging. The tests were run with the versions in constraints.txt, and with the lower end of transformers' range."""
+"""Packaging. Tested with the versions in constraints.txt, and with the lower end of the range of transformers."""
 
 import re
 from pathlib import Path
@@ -35,6 +35,7 @@ setup(
         "numpy>=2",
         "rich>=13",
         "jinja2>=3.1",
+        "pyyaml>=6",
         "sympy>=1.13",
     ],
     extras_require=EXTRAS,

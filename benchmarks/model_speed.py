@@ -15,6 +15,7 @@ from common import machine, measure_in_turns, print_table
 from transformers import Llama4ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
+from mobilellm_hf.modeling import MODEL_SIZES
 
 OURS = "MobileLLM"
 
@@ -64,7 +65,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--size", default="140M", help="MobileLLM-R1 size whose shape all models take")
+    parser.add_argument(
+        "--size", default="140M", choices=list(MODEL_SIZES), help="MobileLLM-R1 size whose shape all models take"
+    )
     parser.add_argument("--batch", type=int, default=2, help="rows of a training step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt when decoding")

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from transformers import TrainerCallback
 
 
@@ -54,13 +55,16 @@ class StageProgress:
         self.console = console or Console()
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            # Cut to what is left of the line, never the bars and times for it.
+            TextColumn(
+                "{task.fields[note]}", style="dim", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
         )
-        self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal, expand=True)
         self._tasks = {name: self._progress.add_task(name, start=False, total=1, note="") for name in names}
 
     def __enter__(self) -> "StageProgress":

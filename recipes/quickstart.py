@@ -2,7 +2,7 @@
 
     make quickstart
     accelerate launch recipes/quickstart.py --output-dir runs/quickstart
-    accelerate launch recipes/quickstart.py --extra-source code:my_project/**/*.py.txt --steps 200
+    accelerate launch recipes/quickstart.py --extra-source math:lecture_notes.txt --output-dir runs/notes
 
 The embedded corpus has ten sources of clearly different worth. A proxy model is trained on all of them alike; the
 influence of every source on held-out code, math and knowledge probes, at several of its checkpoints, gives a mixture
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars, load_from_disk
@@ -29,14 +30,15 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers import logging as transformers_logging
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
-from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
-from mobilellm_hf.data.corpora import load_corpus, split_by_hash
-from mobilellm_hf.data.embedded import load_embedded_corpus
-from mobilellm_hf.data.mixture import draw_rows
+from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM, __version__
+from mobilellm_hf.data.corpora import load_corpus
+from mobilellm_hf.data.documents import FirstSeen, cut_document
+from mobilellm_hf.data.embedded import SOURCES, load_embedded_corpus
+from mobilellm_hf.data.mixture import SourceDraw, draw_rows
 from mobilellm_hf.data.packing import tokenize_and_pack
-from mobilellm_hf.data.tokenization import check_tokenizer, train_tokenizer
+from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.influence import average_checkpoints, group_influence, mixture_weights
 from mobilellm_hf.influence.plots import plot_influence
 from mobilellm_hf.progress import Stage, StageProgress, StageProgressCallback
@@ -68,6 +70,7 @@ class Settings:
     rows_per_source: int
     rows_per_probe: int
     rows_per_test: int
+    learning_rate: float
     extra_source: list[str]
     seed: int
     vocab_size: int = 4096
@@ -78,24 +81,38 @@ class Settings:
     num_key_value_heads: int = 1
     seq_length: int = 128
     batch_size: int = 4  # small: with so few tokens, the number of steps counts more than their precision
-    learning_rate: float = 3e-3
     checkpoints_scored: int = 3
     evaluations: int = 6
 
 
+def load_extra_source(entry: str) -> Dataset:
+    """`DOMAIN:PATH_OR_ID` as documents of a few thousand characters."""
+    domain, _, name = entry.partition(":")
+    if domain not in PROBES or not name:
+        raise ValueError(f"--extra-source {entry!r}: write DOMAIN:PATH_OR_ID, DOMAIN one of {', '.join(PROBES)}")
+    rows = [
+        {"text": piece, "source": row["source"], "domain": domain}
+        for row in load_corpus(name, domain=domain)
+        for piece in cut_document(row["text"])
+    ]
+    return Dataset.from_list(rows)
+
+
 def build_corpus(workspace: Workspace, settings: Settings, stage: Stage) -> DatasetDict:
     def build(path: Path) -> None:
-        extras = []
-        for entry in settings.extra_source:  # first, so that a misspelt file is found before anything is read
-            domain, _, name = entry.partition(":")
-            if domain not in PROBES or not name:
-                raise ValueError(
-                    f"--extra-source {entry!r}: write DOMAIN:PATH_OR_ID, DOMAIN one of {', '.join(PROBES)}"
-                )
-            extras.append(split_by_hash(load_corpus(name, domain=domain), {"train": 0.9, "probe": 0.05, "test": 0.05}))
-        corpora = [load_embedded_corpus(), *extras]
-        splits = {split: concatenate_datasets([corpus[split] for corpus in corpora]) for split in corpora[0]}
-        DatasetDict(splits).save_to_disk(path)
+        # First, so that a misspelt file is found before anything is read.
+        extras = [load_extra_source(entry) for entry in settings.extra_source]
+        corpus = load_embedded_corpus()
+        names = [*SOURCES, *(extra[0]["source"] for extra in extras)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two sources are called {twice[0]!r}: rename the file of one --extra-source")
+        # The probes are the embedded corpus's own, so an extra source is for training alone.
+        known = FirstSeen()
+        for split in corpus.values():
+            known.batch(split["text"][:])
+        extras = [extra.filter(known.batch, input_columns="text", batched=True) for extra in extras]
+        corpus["train"] = concatenate_datasets([corpus["train"], *extras])
+        corpus.save_to_disk(path)
 
     corpus = load_from_disk(workspace.once("corpus", build))
     size = sum(len(text.encode()) for split in corpus.values() for text in split["text"][:])
@@ -111,10 +128,19 @@ def build_rows(
         train_tokenizer(texts, settings.vocab_size, show_progress=False).save_pretrained(path)
 
     def build(path: Path) -> None:
-        packed = {name: tokenize_and_pack(split, tokenizer, settings.seq_length)[0] for name, split in corpus.items()}
+        packed = {}
+        for name, split in corpus.items():
+            packed[name], report = tokenize_and_pack(split, tokenizer, settings.seq_length, config=config)
+            for line in report.sources:
+                if line.rows == 0:
+                    raise ValueError(
+                        f"the source {line.source!r} has {line.tokens} tokens for {name}, less than one row of "
+                        f"{settings.seq_length}: add text, or leave it out in another output folder"
+                    )
         DatasetDict(packed).save_to_disk(path)
 
     tokenizer = AutoTokenizer.from_pretrained(workspace.once("tokenizer", build_tokenizer))
+    config = model_config(settings, tokenizer)
     rows = load_from_disk(workspace.once("rows", build))
     tokens = len(rows["train"]) * settings.seq_length
     stage.say(f"vocabulary {len(tokenizer):,}, {tokens / 1e6:.1f} M training tokens in rows of {settings.seq_length}")
@@ -122,15 +148,18 @@ def build_rows(
 
 
 def model_config(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MobileLLMConfig:
-    config = MobileLLMConfig(
-        **{name: value for name, value in vars(settings).items() if hasattr(MobileLLMConfig, name)},
+    return MobileLLMConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
         max_position_embeddings=settings.seq_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    check_tokenizer(tokenizer, config)
-    return config
 
 
 def sample_rows(rows: Dataset, sources: tuple[str, ...], count: int, seed: int) -> Dataset:
@@ -152,8 +181,8 @@ def train(
 ) -> list[dict]:
     """Trains one model from scratch, or takes an unfinished run up again; returns the trainer's log history."""
     folder = workspace.folder / name
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    state = json.loads(Path(last, "trainer_state.json").read_text()) if last else {"global_step": 0}
+    last = workspace.last_checkpoint(name)
+    state = json.loads((last / "trainer_state.json").read_text()) if last else {"global_step": 0}
     if state["global_step"] >= steps:
         stage.say("finished in an earlier run")
         return state["log_history"]
@@ -164,12 +193,13 @@ def train(
         per_device_train_batch_size=settings.batch_size,
         train_sampling_strategy="sequential",  # the order of the rows is the mixture's draw
         learning_rate=settings.learning_rate,
-        warmup_steps=max(1, steps // 10),
+        warmup_steps=steps // 10,
         lr_scheduler_type="polynomial",  # linear decay to a tenth of the peak, as in Table 4
         lr_scheduler_kwargs={"lr_end": settings.learning_rate / 10, "power": 1.0},
         weight_decay=0.1,
         adam_beta2=0.95,
         save_steps=max(1, steps // saves),
+        save_total_limit=saves if tests is None else 2,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -182,7 +212,7 @@ def train(
         callbacks.append(ProbeNLLCallback(tests, every=max(1, steps // settings.evaluations)))
     trainer = Trainer(MobileLLMForCausalLM(config), arguments, train_dataset=rows, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer.state.log_history
 
 
@@ -194,8 +224,7 @@ def score_sources(
     def build(path: Path) -> None:
         samples = {s: sample_rows(rows["train"], (s,), settings.rows_per_source, settings.seed) for s in sources}
         probes = {c: sample_rows(rows["probe"], s, settings.rows_per_probe, settings.seed) for c, s in PROBES.items()}
-        folders = sorted((workspace.folder / "proxy").glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]))
-        folders = folders[-settings.checkpoints_scored :]
+        folders = workspace.checkpoints("proxy")[-settings.checkpoints_scored :]
         stage.expect(len(folders) * sum(len(part) for part in (*samples.values(), *probes.values())))
         scores = []
         for folder in folders:
@@ -218,8 +247,23 @@ def score_sources(
     folder = workspace.once("influence", build)
     weights = yaml.safe_load((folder / "mixture.yaml").read_text())["weights"]
     best = max(weights, key=weights.get)
-    stage.say(f"largest share: {best} ({weights[best]:.0%}); {sum(w == 0 for w in weights.values())} sources get none")
+    none = [source for source, weight in weights.items() if weight == 0]
+    stage.say(f"largest share: {best} ({weights[best]:.0%}); none: {', '.join(none) or 'no source'}")
     return weights
+
+
+def what_was_read(draws: dict[str, dict[str, SourceDraw]]) -> Table:
+    """Per source: its share of each mix's rows, and how often the source was read for it."""
+    table = Table(title="What was read")
+    table.add_column("source")
+    for name in draws:
+        table.add_column(f"{name}, share", justify="right")
+        table.add_column("epochs", justify="right")
+    total = {name: sum(draw.rows for draw in report.values()) for name, report in draws.items()}
+    for source in next(iter(draws.values())):
+        cells = [(report[source].rows / total[name], report[source].epochs) for name, report in draws.items()]
+        table.add_row(source, *(text for share, epochs in cells for text in (f"{share:.1%}", f"{epochs:.2f}")))
+    return table
 
 
 def compare(runs: dict[str, list[dict]]) -> tuple[Table, dict[str, dict[str, float]]]:
@@ -231,14 +275,14 @@ def compare(runs: dict[str, list[dict]]) -> tuple[Table, dict[str, dict[str, flo
         table.add_column(column, justify="left" if column == "test files" else "right")
     mean = {name: sum(values.values()) / len(values) for name, values in final.items()}
     for label, left, right in [*((c, influence[c], uniform[c]) for c in PROBES), ("mean", *mean.values())]:
-        better = "influence" if left < right else "uniform"
+        better = "influence" if left < right else "uniform" if right < left else "equal"
         table.add_row(label, f"{left:.4f}", f"{right:.4f}", f"{left - right:+.4f}", better)
     return table, final
 
 
 @torch.no_grad()
-def samples(model: MobileLLMForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    set_seed(0)
+def samples(model: MobileLLMForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, str]:
+    set_seed(seed)
     texts = {}
     for name, prompt in PROMPTS.items():
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -253,14 +297,16 @@ def report(
     """Saves the better model with its tokenizer, card and pictures; returns the table."""
     table, final = compare(runs)
     winner = min(final, key=lambda name: sum(final[name].values()))
-    texts: dict[str, str] = {}
 
     def build(path: Path) -> None:
-        checkpoint = get_last_checkpoint(str(workspace.folder / winner.replace(" ", "-")))
+        checkpoint = workspace.last_checkpoint(winner.replace(" ", "-"))
         model = MobileLLMForCausalLM.from_pretrained(checkpoint)
+        model.config.use_cache = True  # which the Trainer had turned off
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        texts.update(samples(model.to(PartialState().device), tokenizer))
+        # As a user will load it, which is the last thing to be sure of.
+        loaded = AutoModelForCausalLM.from_pretrained(path).to(PartialState().device)
+        texts = samples(loaded, tokenizer, settings.seed)
         plot_probe_nll(
             {name: probe_history(log) for name, log in runs.items()},
             path / "probe_nll.png",
@@ -297,19 +343,35 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
         with progress.stage(STAGES[3]) as stage:
             weights = score_sources(workspace, settings, rows, sources, stage)
         tests = {c: sample_rows(rows["test"], s, settings.rows_per_test, settings.seed) for c, s in PROBES.items()}
-        runs = {}
+        runs, draws = {}, {}
         for name, mix in zip(STAGES[4:6], (weights, uniform), strict=True):
             with progress.stage(name) as stage:
-                drawn, _ = draw_rows(rows["train"], mix, settings.steps * settings.batch_size, settings.seed)
+                drawn, draws[name] = draw_rows(rows["train"], mix, settings.steps * settings.batch_size, settings.seed)
                 folder = name.replace(" ", "-")
-                runs[name] = train(workspace, folder, settings, config, drawn, stage, settings.steps, 2, tests)
+                runs[name] = train(
+                    workspace, folder, settings, config, drawn, stage, settings.steps, settings.evaluations, tests
+                )
         with progress.stage(STAGES[6]):
             table = report(workspace, settings, tokenizer, runs)
+    console.print(what_was_read(draws))
     console.print(table)
-    console.print("One seed each: a difference of this size is an observation, not evidence.", style="dim")
-    console.print(f"Pictures, samples and the better model: {workspace.folder / 'model'}", soft_wrap=True)
-    console.print(f"  AutoModelForCausalLM.from_pretrained({str(workspace.folder / 'model')!r})", soft_wrap=True)
-    AutoModelForCausalLM.from_pretrained(workspace.folder / "model")
+    console.print("One seed: an observation about this text and budget, not evidence for the method.", style="dim")
+    folder = workspace.folder / "model"
+    console.print(f"The better model, with its card, two pictures and samples, is in {folder}:", soft_wrap=True)
+    console.print("  import mobilellm_hf; from transformers import AutoModelForCausalLM", soft_wrap=True)
+    console.print(f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r})", soft_wrap=True)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**32 - 1")
+    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -317,19 +379,27 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="one subfolder a stage")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each compared model, of 512 tokens")
-    parser.add_argument("--proxy-steps", type=int, default=300, help="training steps of the model that scores")
-    parser.add_argument("--rows-per-source", type=int, default=40, help="rows of a source whose gradient is taken")
-    parser.add_argument("--rows-per-probe", type=int, default=48, help="rows of a probe whose gradient is taken")
-    parser.add_argument("--rows-per-test", type=int, default=72, help="rows of a capability's held-out test files")
+    parser.add_argument(
+        "--steps", type=positive, default=600, help="training steps of each compared model, of 512 tokens"
+    )
+    parser.add_argument("--proxy-steps", type=positive, default=300, help="training steps of the model that scores")
+    parser.add_argument(
+        "--rows-per-source", type=positive, default=40, help="rows of a source whose gradient is taken"
+    )
+    parser.add_argument("--rows-per-probe", type=positive, default=48, help="rows of a probe whose gradient is taken")
+    parser.add_argument(
+        "--rows-per-test", type=positive, default=72, help="rows of a capability's held-out test files"
+    )
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, after a tenth of the steps")
     parser.add_argument(
         "--extra-source",
         action="append",
         default=[],
         metavar="DOMAIN:PATH_OR_ID",
-        help="one more source to weigh: code, math or knowledge, and a file, folder, glob or Hub id",
+        help="one more source to weigh: code, math or knowledge, and a Hub id or a file, folder or glob of .jsonl "
+        "(with a field `text`), .parquet, .txt, .md or .py; may be repeated",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of every draw")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the weights and of every draw")
     return parser.parse_args()
 
 
@@ -340,10 +410,17 @@ def main() -> None:
     disable_progress_bars()
     console = Console()
     try:
-        if PartialState().num_processes > 1:
-            raise ValueError("quickstart runs in one process: accelerate launch --num_processes 1")
+        if PartialState().num_processes > 1 or torch.cuda.device_count() > 1:
+            raise ValueError(
+                "quickstart runs in one process on one device: CUDA_VISIBLE_DEVICES=0 accelerate launch "
+                "--num_processes 1"
+            )
         settings = Settings(**{name: value for name, value in vars(args).items() if name != "output_dir"})
-        run(Workspace(args.output_dir, vars(settings)), settings, console)
+        versions = {"mobilellm_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        run(Workspace(args.output_dir, vars(settings) | versions), settings, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)

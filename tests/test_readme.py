@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = dict(
-    zip(("load", "train", "release"), re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-)
+README = (ROOT / "README.md").read_text()
+BLOCKS = dict(zip(("load", "train", "release"), re.findall(r"```python\n(.*?)```", README, re.S)))
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def load_corpus(
 
     Args:
         name: "embedded" or "embedded:NAME,NAME"; a local file, folder or glob pattern (.jsonl, .json, .parquet, .txt,
-            .md; the text formats also as .gz), or a folder of `save_to_disk`; else a data set's id on the Hub.
+            .md, .py; the text formats also as .gz), or a folder of `save_to_disk`; else a data set's id on the Hub.
         text_column: the column with the text (of the embedded corpus always "text").
         source: what the column `source` says. By default the data's own if it has both `source` and `domain` as string
             columns, as this package writes them, else the last part of the name.

@@ -2,7 +2,7 @@
 
 A source is a `SourceSpec`: a name, a domain, what it is, and a function that names its modules (files, topics,
 packages) and says how to read each. Reading is lazy, so a source of 46 MB costs only the megabyte that is kept of it.
-Nothing is imported to be read: docstrings come from the syntax tree, which is faster and runs nobody's code.
+No package is imported to be read: docstrings come from the syntax tree, which is faster and runs nobody's code.
 
 The worths differ on purpose, so that a method that picks data by influence has something to find: a code model should
 want the standard library more than tables of character codes, a knowledge model a language reference more than
@@ -35,8 +35,8 @@ Modules = Mapping[str, Callable[[], Iterable[str]]]
 DISTRIBUTIONS = tuple(
     (
         "accelerate anyio click datasets dill filelock fsspec h11 hf-xet huggingface-hub idna jinja2 "
-        "markdown-it-py markupsafe matplotlib mdurl mpmath multiprocess networkx numpy packaging "
-        "pandas peft pillow psutil pyarrow pygments python-dateutil pyyaml regex rich safetensors "
+        "markdown-it-py markupsafe mdurl mpmath multiprocess networkx numpy packaging "
+        "pandas psutil pyarrow pygments python-dateutil pyyaml regex rich safetensors "
         "setuptools sympy tokenizers torch tqdm transformers typing-extensions xxhash"
     ).split()
 )
@@ -128,7 +128,9 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[str, ast.AST, ast.Constant]]
         match node.body[:1]:
             case [ast.Expr(value=ast.Constant(value=str()) as constant)]:
                 yield name, node, constant
-        children = [child for child in node.body if isinstance(child, (ast.ClassDef, ast.FunctionDef))]
+        children = [
+            child for child in node.body if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
         pending += [(f"{name}.{child.name}", child) for child in reversed(children)]
 
 

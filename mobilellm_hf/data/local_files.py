@@ -12,11 +12,20 @@ import difflib
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # What `datasets.load_dataset` calls the loader of each extension; a text format may also be gzipped (".jsonl.gz").
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
+LOADERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".py": "text",
+}
 HEAD_BYTES = 1 << 20
 
 
@@ -103,13 +112,15 @@ def check_file(path: Path, text_column: str, limit: int | None = HEAD_BYTES) -> 
         CorpusError: naming the file and the line, byte offset or column.
     """
     loader = LOADERS[extension(path)]
-    if loader == "parquet":
-        _check_parquet(path, text_column)
-    elif loader == "json":
-        _check_json(path, text_column, limit)
-    else:
-        for _ in _lines(path, limit):
-            pass
+    try:
+        if loader == "parquet":
+            _check_parquet(path, text_column)
+        elif loader == "json":
+            _check_json(path, text_column, limit)
+        elif not any(line.strip() for _, line in list(_lines(path, limit))):
+            raise CorpusError(f"{path} is empty. Remove it, or write it again.")
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path} cannot be read: {error}. Check its permissions, or write it again.") from error
 
 
 def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, str]]:
@@ -150,6 +161,8 @@ def _check_json(path: Path, text_column: str, limit: int | None) -> None:
                 ) from None
             has_text = _check_record(path, f"line {number}", row, text_column) or has_text
             seen += [name for name in row if name not in seen]
+    if not seen and not has_text:
+        raise CorpusError(f"{path} is empty. Remove it, or write it again.")
     if not has_text:
         raise CorpusError(missing_column(str(path), text_column, seen))
 

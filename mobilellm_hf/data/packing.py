@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mobilellm_hf.data.tokenization import check_tokenizer
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def tokenize_and_pack(
     *,
     isolate_documents: bool = True,
     parse_special_tokens: bool = False,
+    config: PreTrainedConfig | None = None,
     num_proc: int | None = None,
     batch_size: int = 1_000,
 ) -> tuple[Dataset, PackingReport]:
@@ -81,6 +84,7 @@ def tokenize_and_pack(
             and a document's first token is predicted from the document before.
         parse_special_tokens: whether a text that spells `<|eot_id|>` means that token. Text from the world should not
             be able to end a turn, so by default it is read letter by letter; set it for texts made by a chat template.
+        config: of the model that will read the rows; checked first, so that no id is beyond its vocabulary.
         num_proc: processes of `datasets.map`.
         batch_size: documents a call; it changes speed and memory, not the rows.
 
@@ -94,9 +98,11 @@ def tokenize_and_pack(
 
     Raises:
         TypeError: the data set is a stream or a dictionary of splits.
-        ValueError: there are no rows, a column is missing, the tokenizer has no `eos_token`, `seq_length` is below 2,
-            or no source has enough tokens for one row.
+        ValueError: the tokenizer's vocabulary exceeds the model's, there are no rows, a column is missing, the
+            tokenizer has no `eos_token`, `seq_length` is below 2, or no source has enough tokens for one row.
     """
+    if config is not None:
+        check_tokenizer(tokenizer, config)
     _check(dataset, tokenizer, seq_length)
     dataset, groups = _order_by_group(dataset)
     tokenized = _tokenize(dataset, tokenizer, parse_special_tokens, num_proc, batch_size)

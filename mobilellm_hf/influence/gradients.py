@@ -30,9 +30,13 @@ def summed_nll(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.
 def mean_gradient(
     model: PreTrainedModel, dataset: Dataset, batch_size: int = 8, on_batch: Callable[[int], None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradient of the mean token NLL over `dataset`, one fp32 tensor per parameter, tied weights once.
+    """Gradient of the mean token NLL over `dataset`, one fp32 tensor per trainable parameter, tied weights once.
+
+    A mean over tokens, not over samples: a sample weighs by its length. Batches are summed in fp32 whatever the
+    weights' dtype, and `.grad` is left alone.
 
     Args:
+        model: any causal LM of transformers.
         dataset: rows with `input_ids`, `labels` and, for packed rows, `position_ids`, all of one length.
         on_batch: called with the number of rows of each batch when it is done (progress bars).
 
@@ -41,22 +45,23 @@ def mean_gradient(
     """
     columns = [name for name in ("input_ids", "labels", "position_ids") if name in dataset.column_names]
     batches = dataset.select_columns(columns).with_format("torch", device=model.device)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p, dtype=torch.float) for name, p in parameters.items()}
     was_training, tokens = model.training, 0
     model.eval()
-    model.zero_grad(set_to_none=True)
     # The math kernel: the fused ones' backward passes are less exact than the products taken here can bear.
     with sdpa_kernel(SDPBackend.MATH):
         for batch in batches.iter(batch_size):
             tokens += count_predicted_tokens(batch["labels"])
-            summed_nll(model, batch).backward()
+            gradients = torch.autograd.grad(summed_nll(model, batch), list(parameters.values()))
+            for accumulated, gradient in zip(total.values(), gradients, strict=True):
+                accumulated += gradient
             if on_batch is not None:
                 on_batch(len(batch["labels"]))
     model.train(was_training)
     if tokens == 0:
         raise ValueError("the data set has no predicted token: every label is -100 or every row has one token")
-    gradient = {name: p.grad.float() / tokens for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    for name, value in gradient.items():
+    for name, value in total.items():
         if not value.isfinite().all():
             raise ValueError(f"the gradient of {name} is not finite; check the model's weights for NaN")
-    return gradient
+    return {name: value / tokens for name, value in total.items()}

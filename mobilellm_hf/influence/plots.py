@@ -20,15 +20,13 @@ def plot_influence(
             magnitude, since a capability's scale is that of its gradient and means nothing across columns.
         weights: source -> share of the training tokens.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
 
     relative = (scores / scores.abs().amax(0)).tolist()
     height = 1.6 + 0.34 * len(sources)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), width_ratios=(1, 1.4), layout="constrained")
+    figure = Figure(figsize=(10, height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
     left.imshow(relative, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for row, values in enumerate(relative):
         for column, value in enumerate(values):
@@ -44,10 +42,9 @@ def plot_influence(
     right.set_yticks(range(len(sources)), [])
     right.set_ylim(len(sources) - 0.5, -0.5)
     right.set_xlim(0, max(shares) * 1.15)
-    right.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
-    right.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    right.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    right.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     right.set_title("Share of the training tokens", fontsize=10)
     right.legend(frameon=False, fontsize=9)
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

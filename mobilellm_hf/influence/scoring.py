@@ -40,7 +40,8 @@ def group_influence(
 
 
 def _inner(left: torch.Tensor, right: torch.Tensor) -> float:
-    return torch.linalg.vecdot(left.double().flatten(), right.double().flatten()).item()
+    # On the CPU, since not every accelerator has fp64.
+    return torch.linalg.vecdot(*(side.flatten().to("cpu", torch.float64) for side in (left, right))).item()
 
 
 def _named_gradient(label: str, model, dataset, batch_size, on_batch) -> dict[str, torch.Tensor]:

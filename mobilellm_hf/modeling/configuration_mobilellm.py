@@ -179,9 +179,12 @@ class MobileLLMConfig(PreTrainedConfig):
 def _to_mobilellm(config_dict: dict[str, Any], origin: str) -> dict[str, Any]:
     """Translates a foreign config dict that describes a MobileLLM network; returns a native one unchanged."""
     model_type = config_dict.get("model_type")
+    if model_type != "mobilellm" and config_dict.get("quantization_config"):
+        _refuse(origin, "quantization_config", config_dict["quantization_config"], "its weights are packed")
     if model_type == "llama4_text":
         return _from_llama4_text(config_dict, origin)
-    if model_type == "llama" or (model_type == "mobilellm" and "share_embedding" in config_dict):
+    is_classic = model_type == "mobilellm" and not {"share_embedding", "layer_sharing"}.isdisjoint(config_dict)
+    if model_type == "llama" or is_classic:
         return _from_classic(config_dict, origin)
     if model_type not in (None, "mobilellm"):
         raise ValueError(

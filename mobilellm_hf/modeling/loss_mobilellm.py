@@ -67,6 +67,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, total_grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError("the fused loss has no second derivative: call the model with return_logits=True")
         # In place: the two are this call's own, and nobody can ask for them twice without retain_graph.
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_grad = None if hidden_grad is None else hidden_grad.mul_(total_grad)
@@ -83,7 +85,11 @@ def linear_causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """transformers' `ForCausalLMLoss` from hidden states (batch, tokens, hidden) and the head's weight."""
+    """transformers' `ForCausalLMLoss` from hidden states (batch, tokens, hidden) and the head's weight.
+
+    labels: (batch, tokens), shifted here unless `shift_labels` is given. Returns the sum over the predicted tokens
+    divided by `num_items_in_batch`, by default their number; NaN with zero gradients if there is none.
+    """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.reshape(-1).to(hidden_states.device)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -179,12 +180,16 @@ class MobileLLMPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the checkpoint is not a dense MobileLLM network; the message names the field and its value.
         """
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig) and config.model_type != "mobilellm":
+            kwargs["config"] = MobileLLMConfig.from_dict(config.to_dict())
         # Classic checkpoints name the feed-forward network `mlp`; no other name has that part.
         kwargs["key_mapping"] = {r"\.mlp\.": ".feed_forward.", **(kwargs.get("key_mapping") or {})}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         # Forget the renaming, or `save_pretrained` would undo it and write classic names under a mobilellm config.
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = None
+        kept = [rule for rule in model._weight_conversions or () if rule.target_patterns != [".feed_forward."]]
+        model._weight_conversions = kept or None
         return loaded
 
 
@@ -237,7 +242,8 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        # Not in a training step: nobody reads that cache, and with one the mask would not tell packed documents apart.
+        if use_cache and past_key_values is None and not (self.training and torch.is_grad_enabled()):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -303,6 +309,9 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
         head = self.lm_head
         gathered = _is_fsdp_group(head) and (self.tp_size or 1) == 1
         plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
+        # Hooks on the head want to be called, and ZeRO-3 leaves an empty weight until it is.
+        plain = plain and not head._forward_hooks and not head._forward_pre_hooks
+        plain = plain and head.weight.shape == (head.out_features, head.in_features)
         return hasattr(self, "_loss_function") or not (plain or gathered)
 
     def fused_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -336,7 +345,9 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
             labels: (batch, tokens), -100 where nothing is predicted; shifted here, as everywhere in transformers.
             logits_to_keep: Compute logits for the last so many positions only (0: all), or for these positions.
             return_logits: `False` leaves `logits` None and takes the loss from the hidden states, in chunks. By
-                default that happens in training mode with `labels`; in evaluation mode logits are returned.
+                default that happens in training mode with `labels`; in evaluation mode logits are returned. Second
+                derivatives need `True`, and so does `torch.compile` with rows of many lengths: it compiles the
+                chunks anew for each.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -347,6 +358,8 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if return_logits is False and labels is None:
+            raise ValueError("return_logits=False without labels leaves nothing to return; call `model.model` instead")
         if return_logits is None:
             return_logits = labels is None or not self.training
         logits = loss = None

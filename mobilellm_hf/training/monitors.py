@@ -4,7 +4,8 @@ import math
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from mobilellm_hf.influence.gradients import count_predicted_tokens, summed_nll
 
@@ -37,7 +38,8 @@ def mean_nll(model: PreTrainedModel, dataset: Dataset, batch_size: int = 16) -> 
 class ProbeNLLCallback(TrainerCallback):
     """Logs the NLL on every probe set before the first step, every `every` steps and after the last.
 
-    The figures go to the trainer's log history as `probe_nll/<name>`, so they reach trackers and survive a resume.
+    The figures go to the trainer's log history as `probe_nll/<name>`, which is saved with every checkpoint, so that
+    they survive a resume; `probe_history` reads them back.
 
     Example:
         >>> trainer.add_callback(ProbeNLLCallback({"code": code_rows, "math": math_rows}, every=100))
@@ -78,13 +80,23 @@ class NonFiniteLossError(FloatingPointError):
 class StopOnNonFiniteLoss(TrainerCallback):
     """Ends training with an error at the first logged loss or gradient norm that is NaN or infinite.
 
-    The Trainer would log 0 in its place and go on (`logging_nan_inf_filter`), and save the ruined weights. With
-    `logging_steps=1` it stops within the step, before anything is saved.
+    The Trainer would log 0 in its place and go on (`logging_nan_inf_filter`), and save the ruined weights. Whatever is
+    saved must have been logged before, so `save_steps` must be a multiple of `logging_steps`; with `logging_steps=1`
+    training stops within the step.
+
+    Raises:
+        ValueError: at the start of training, if the arguments would hide a NaN or save it unseen.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.logging_nan_inf_filter:
             raise ValueError("StopOnNonFiniteLoss sees no NaN while logging_nan_inf_filter is True: set it to False")
+        saves = state.save_steps if args.save_strategy == SaveStrategy.STEPS else state.max_steps
+        if args.logging_strategy != IntervalStrategy.STEPS or saves % state.logging_steps:
+            raise ValueError(
+                f"StopOnNonFiniteLoss sees only what is logged: logging_steps={state.logging_steps} must divide "
+                f"the {saves} steps between two checkpoints, or weights could be saved that nobody looked at"
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm"):

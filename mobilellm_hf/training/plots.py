@@ -12,14 +12,11 @@ def plot_probe_nll(runs: ProbeCurves, path: str | Path, tokens_per_step: int) ->
 
     The point before the first step is left out: it is the same for all runs and would flatten the rest.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     probes = list(next(iter(runs.values())))
-    size = (3.4 * len(probes), 3.2)
-    figure, panels = plt.subplots(1, len(probes), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(3.4 * len(probes), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(probes), squeeze=False)
     for panel, probe in zip(panels[0], probes, strict=True):
         for (name, curves), color in zip(runs.items(), ("#4878a8", "#d65f5f", "#6acc64", "#956cb4", "#8c613c")):
             steps, values = zip(*curves[probe][1:], strict=True)
@@ -33,4 +30,3 @@ def plot_probe_nll(runs: ProbeCurves, path: str | Path, tokens_per_step: int) ->
     panels[0][0].set_ylabel("held-out NLL (nats per token)")
     panels[0][0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -163,3 +163,10 @@ def test_input_that_cannot_be_packed_is_refused(tokenizer):
     endless.eos_token = None
     with pytest.raises(ValueError, match="no eos_token"):
         tokenize_and_pack(dataset, endless, 8)
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused_before_any_work(tokenizer):
+    config = LlamaConfig(vocab_size=len(tokenizer) - 1)
+    empty = Dataset.from_dict({"text": [], "source": [], "domain": []})
+    with pytest.raises(ValueError, match=f"vocab_size is {len(tokenizer) - 1}"):
+        tokenize_and_pack(empty, tokenizer, 16, config=config)

@@ -251,3 +251,10 @@ def test_the_config_alone_goes_both_ways(make_llama4):
     assert MobileLLMConfig.from_dict(back.to_dict()).to_dict() == native.to_dict()
     long = MobileLLMConfig.for_size("140M", max_position_embeddings=65536)
     assert long.to_llama4_text().attention_chunk_size >= 65536
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "llama"])
+def test_packed_weights_of_another_format_are_refused(model_type):
+    quantized = {"model_type": model_type, "quantization_config": {"quant_method": "bitsandbytes"}}
+    with pytest.raises(ValueError, match="quantization_config=.*bitsandbytes"):
+        MobileLLMConfig.from_dict(quantized)

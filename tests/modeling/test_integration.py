@@ -216,3 +216,14 @@ def test_importing_the_package_imports_no_trainer_and_no_data(run_python):
     heavy = "trl datasets executorch matplotlib peft vllm lm_eval torchao pandas"
     code = f"import sys, mobilellm_hf; print([name for name in {heavy.split()!r} if name in sys.modules])"
     assert run_python("-c", code).strip() == "[]"
+
+
+def test_packed_documents_are_isolated_in_a_training_step_without_asking(make_model, tokens):
+    model = make_model().train()
+    positions = torch.arange(12).repeat(2)[None].expand(2, -1)
+    labels = tokens().clone()
+    labels[:, :13] = -100
+    other = tokens().clone()
+    other[:, :12] = tokens()[:, :12].flip(1)
+    losses = [model(ids, labels=labels, position_ids=positions).loss for ids in (tokens(), other)]
+    assert torch.equal(*losses)

@@ -232,3 +232,22 @@ def test_a_loss_function_of_the_users_gets_logits(make_pair, tokens):
     model.train().loss_function = last_logit
     loss = model(tokens(), labels=tokens(), num_items_in_batch=2).loss
     torch.testing.assert_close(loss, 2 * reference(tokens()).logits[0, -1, 3], rtol=0, atol=2e-5)
+
+
+def test_second_derivatives_are_refused_and_to_be_had_through_logits(make_model, tokens):
+    model = make_model().train()
+    weight = model.model.norm.weight
+    with pytest.raises(RuntimeError, match="no second derivative: call the model with return_logits=True"):
+        torch.autograd.grad(model(tokens(), labels=tokens()).loss, weight, create_graph=True)
+    loss = model(tokens(), labels=tokens(), return_logits=True).loss
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    assert torch.autograd.grad(gradient.sum(), weight)[0].norm() > 0
+
+
+def test_a_hook_on_the_head_is_called_in_training_too(make_model, tokens):
+    model, seen = make_model().train(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(tokens(), labels=tokens()).loss.backward()
+    assert seen == [(2, 24, model.config.vocab_size)]
+    with pytest.raises(ValueError, match="return_logits=False without labels"):
+        model(tokens(), return_logits=False)

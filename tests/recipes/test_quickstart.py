@@ -1,5 +1,6 @@
 """The main job from end to end, in small: launched as a user does, killed and taken up again, and given bad input."""
 
+import gzip
 import importlib.util
 import json
 import os
@@ -79,6 +80,11 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(finished, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # what a kill within the writing of a checkpoint would leave: the state, which is written last, is missing
+    torn = tmp_path / "influence-mix" / "checkpoint-5"
+    torn.mkdir(exist_ok=True)
+    (torn / "model.safetensors").write_bytes(b"torn")
+    (torn / "trainer_state.json").unlink(missing_ok=True)
     assert not (tmp_path / "uniform-mix").exists()
     written = (tmp_path / "influence" / "scores.parquet").stat().st_mtime_ns
     process = launch(tmp_path)
@@ -104,6 +110,7 @@ def quickstart(monkeypatch, tmp_path):
             module.main()
         return exit_info.value.code
 
+    run.module = module
     return run
 
 
@@ -115,6 +122,8 @@ def quickstart(monkeypatch, tmp_path):
         ("math:empty.txt", "empty.txt"),
         ("math:latin.txt", "is not UTF-8"),
         ("knowledge:other.jsonl", "has no column 'text'"),
+        ("math:torn.jsonl.gz", "torn.jsonl.gz cannot be read"),
+        ("code:stdlib.txt", "two sources are called 'stdlib'"),
     ],
 )
 def test_a_bad_source_is_an_error_that_names_it(quickstart, tmp_path, monkeypatch, capsys, source, message):
@@ -122,9 +131,11 @@ def test_a_bad_source_is_an_error_that_names_it(quickstart, tmp_path, monkeypatc
     Path("empty.txt").touch()
     Path("latin.txt").write_bytes("Gr\u00fc\u00dfe ".encode("latin-1") * 50)
     Path("other.jsonl").write_text('{"body": "x"}\n')
+    Path("torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 999)[:-9])
+    Path("stdlib.txt").write_text("A text that is long enough to be kept as a document. " * 3)
     assert quickstart("--extra-source", source) == 2
     assert message in capsys.readouterr().out.replace("\n", " ")
-    assert not (tmp_path / "out" / "corpus").exists()
+    assert not (tmp_path / "out").exists()  # so that the corrected command is not refused
 
 
 def test_help_explains_every_option(quickstart, capsys):
@@ -132,6 +143,20 @@ def test_help_explains_every_option(quickstart, capsys):
     text = capsys.readouterr().out
     for option in ("--output-dir", "--steps", "--proxy-steps", "--extra-source", "--seed"):
         assert option in text
+
+
+@pytest.mark.parametrize("option", ["--steps", "--proxy-steps", "--rows-per-source", "--rows-per-probe"])
+def test_numbers_that_make_no_run_are_refused(quickstart, capsys, option):
+    assert quickstart(option, "0") == 2
+    assert f"{option}: '0' is not a positive whole number" in capsys.readouterr().err
+
+
+def test_one_text_file_is_a_source_of_its_pieces_for_training_alone(quickstart, tmp_path):
+    text = "".join(f"Line {number} of a text that is worth weighing.\n" for number in range(400))
+    (tmp_path / "notes.txt").write_text(text)
+    pieces = quickstart.module.load_extra_source(f"math:{tmp_path / 'notes.txt'}")
+    assert "".join(pieces["text"][:]) == text and len(pieces) > 3
+    assert set(pieces["source"][:]) == {"notes"} and set(pieces["domain"][:]) == {"math"}
 
 
 def test_another_setting_in_the_same_folder_is_refused(quickstart, tmp_path, capsys):

@@ -93,10 +93,19 @@ def test_a_loss_that_is_no_number_ends_training_before_anything_is_saved(tmp_pat
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_the_stop_refuses_a_trainer_that_hides_nan(tmp_path):
-    options = arguments(tmp_path, logging_nan_inf_filter=True)
+@pytest.mark.parametrize(
+    "hiding, message",
+    [
+        (dict(logging_nan_inf_filter=True), "logging_nan_inf_filter"),
+        (dict(logging_steps=4, save_steps=2), "logging_steps=4 must divide the 2 steps"),
+        (dict(logging_steps=500, save_strategy="no"), "logging_steps=500 must divide the 4 steps"),
+        (dict(logging_strategy="no"), "sees only what is logged"),
+    ],
+)
+def test_the_stop_refuses_a_trainer_that_hides_nan(tmp_path, hiding, message):
+    options = arguments(tmp_path, **hiding)
     trainer = Trainer(build(), options, train_dataset=rows(4), callbacks=[StopOnNonFiniteLoss()])
-    with pytest.raises(ValueError, match="logging_nan_inf_filter"):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 
