@@ -36,7 +36,7 @@ from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM, __version__
 from mobilellm_hf.data.corpora import load_corpus
 from mobilellm_hf.data.documents import FirstSeen, cut_document
 from mobilellm_hf.data.embedded import SOURCES, load_embedded_corpus
-from mobilellm_hf.data.mixture import SourceDraw, draw_rows
+from mobilellm_hf.data.mixture import draw_rows
 from mobilellm_hf.data.packing import tokenize_and_pack
 from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.influence import average_checkpoints, group_influence, mixture_weights
@@ -45,6 +45,7 @@ from mobilellm_hf.progress import Stage, StageProgress, StageProgressCallback
 from mobilellm_hf.training import ProbeNLLCallback, StopOnNonFiniteLoss
 from mobilellm_hf.training.monitors import probe_history
 from mobilellm_hf.training.plots import plot_probe_nll
+from mobilellm_hf.training.tables import draws_table, probe_nll_table
 from mobilellm_hf.workspace import Workspace
 
 # What a capability is measured on: held-out files of the sources that a person would choose for it.
@@ -252,34 +253,6 @@ def score_sources(
     return weights
 
 
-def what_was_read(draws: dict[str, dict[str, SourceDraw]]) -> Table:
-    """Per source: its share of each mix's rows, and how often the source was read for it."""
-    table = Table(title="What was read")
-    table.add_column("source")
-    for name in draws:
-        table.add_column(f"{name}, share", justify="right")
-        table.add_column("epochs", justify="right")
-    total = {name: sum(draw.rows for draw in report.values()) for name, report in draws.items()}
-    for source in next(iter(draws.values())):
-        cells = [(report[source].rows / total[name], report[source].epochs) for name, report in draws.items()]
-        table.add_row(source, *(text for share, epochs in cells for text in (f"{share:.1%}", f"{epochs:.2f}")))
-    return table
-
-
-def compare(runs: dict[str, list[dict]]) -> tuple[Table, dict[str, dict[str, float]]]:
-    """The last held-out NLL of each run on each capability, as a table and as {run: {capability: NLL}}."""
-    final = {name: {c: curve[-1][1] for c, curve in probe_history(log).items()} for name, log in runs.items()}
-    influence, uniform = final["influence mix"], final["uniform mix"]
-    table = Table(title="Held-out NLL, nats per token (lower is better)")
-    for column in ("test files", "influence mix", "uniform mix", "difference", "better"):
-        table.add_column(column, justify="left" if column == "test files" else "right")
-    mean = {name: sum(values.values()) / len(values) for name, values in final.items()}
-    for label, left, right in [*((c, influence[c], uniform[c]) for c in PROBES), ("mean", *mean.values())]:
-        better = "influence" if left < right else "uniform" if right < left else "equal"
-        table.add_row(label, f"{left:.4f}", f"{right:.4f}", f"{left - right:+.4f}", better)
-    return table, final
-
-
 @torch.no_grad()
 def samples(model: MobileLLMForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, str]:
     set_seed(seed)
@@ -295,7 +268,7 @@ def report(
     workspace: Workspace, settings: Settings, tokenizer: PreTrainedTokenizerBase, runs: dict[str, list[dict]]
 ) -> Table:
     """Saves the better model with its tokenizer, card and pictures; returns the table."""
-    table, final = compare(runs)
+    final = {name: {c: curve[-1][1] for c, curve in probe_history(log).items()} for name, log in runs.items()}
     winner = min(final, key=lambda name: sum(final[name].values()))
 
     def build(path: Path) -> None:
@@ -323,7 +296,7 @@ def report(
         card.save(path / "README.md")
 
     workspace.once("model", build)
-    return table
+    return probe_nll_table(final)
 
 
 def run(workspace: Workspace, settings: Settings, console: Console) -> None:
@@ -353,7 +326,7 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
                 )
         with progress.stage(STAGES[6]):
             table = report(workspace, settings, tokenizer, runs)
-    console.print(what_was_read(draws))
+    console.print(draws_table(draws))
     console.print(table)
     console.print("One seed: an observation about this text and budget, not evidence for the method.", style="dim")
     folder = workspace.folder / "model"

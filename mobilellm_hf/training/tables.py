@@ -1,0 +1,35 @@
+"""Tables of what a run read and how two runs compare, for the terminal."""
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from mobilellm_hf.data.mixture import SourceDraw
+
+
+def draws_table(draws: Mapping[str, Mapping[str, SourceDraw]]) -> Table:
+    """Per source: its share of each mix's rows, and how often it was read for it. draws: mix -> source -> draw."""
+    table = Table(title="What was read")
+    table.add_column("source", no_wrap=True)
+    for name in draws:
+        table.add_column(f"{name}, share", justify="right")
+        table.add_column("epochs", justify="right")
+    total = {name: sum(draw.rows for draw in report.values()) for name, report in draws.items()}
+    for source in next(iter(draws.values())):
+        cells = [(report[source].rows / total[name], report[source].epochs) for name, report in draws.items()]
+        table.add_row(source, *(text for share, epochs in cells for text in (f"{share:.1%}", f"{epochs:.2f}")))
+    return table
+
+
+def probe_nll_table(final: Mapping[str, Mapping[str, float]]) -> Table:
+    """Two runs' held-out NLL on each probe and on average, and which is lower. final: run -> probe -> NLL."""
+    (left_name, left), (right_name, right) = final.items()
+    table = Table(title="Held-out NLL, nats per token (lower is better)")
+    table.add_column("test files")
+    for column in (left_name, right_name, "difference", "better"):
+        table.add_column(column, justify="right")
+    mean = (sum(left.values()) / len(left), sum(right.values()) / len(right))
+    for label, ours, theirs in [*((probe, left[probe], right[probe]) for probe in left), ("mean", *mean)]:
+        better = left_name if ours < theirs else right_name if theirs < ours else "equal"
+        table.add_row(label, f"{ours:.4f}", f"{theirs:.4f}", f"{ours - theirs:+.4f}", better)
+    return table
