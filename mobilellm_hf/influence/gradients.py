@@ -12,19 +12,7 @@ from datasets import Dataset
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from mobilellm_hf.modeling import MobileLLMForCausalLM
-
-
-def count_predicted_tokens(labels: torch.Tensor) -> int:
-    """Tokens that the shifted loss predicts. labels: (batch, tokens), -100 where nothing is predicted."""
-    return int((labels[:, 1:] != -100).sum())
-
-
-def summed_nll(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over the batch's predicted tokens of their negative log-likelihood (nats), a differentiable scalar."""
-    # Spares our own class the full logits; other causal LMs do not know the argument.
-    options = {"return_logits": False} if isinstance(model, MobileLLMForCausalLM) else {}
-    return model(**batch, **options, use_cache=False, num_items_in_batch=1).loss
+from mobilellm_hf.nll import evaluation_batches, summed_nll
 
 
 def mean_gradient(
@@ -43,24 +31,18 @@ def mean_gradient(
     Raises:
         ValueError: the data set has no predicted token, or the gradient is not finite (the parameter is named).
     """
-    columns = [name for name in ("input_ids", "labels", "position_ids") if name in dataset.column_names]
-    batches = dataset.select_columns(columns).with_format("torch", device=model.device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p, dtype=torch.float) for name, p in parameters.items()}
-    was_training, tokens = model.training, 0
-    model.eval()
+    tokens = 0
     # The math kernel: the fused ones' backward passes are less exact than the products taken here can bear.
     with sdpa_kernel(SDPBackend.MATH):
-        for batch in batches.iter(batch_size):
-            tokens += count_predicted_tokens(batch["labels"])
+        for batch, predicted in evaluation_batches(model, dataset, batch_size):
+            tokens += predicted
             gradients = torch.autograd.grad(summed_nll(model, batch), list(parameters.values()))
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 accumulated += gradient
             if on_batch is not None:
                 on_batch(len(batch["labels"]))
-    model.train(was_training)
-    if tokens == 0:
-        raise ValueError("the data set has no predicted token: every label is -100 or every row has one token")
     for name, value in total.items():
         if not value.isfinite().all():
             raise ValueError(f"the gradient of {name} is not finite; check the model's weights for NaN")

@@ -2,37 +2,13 @@
 
 import math
 
-import torch
 from datasets import Dataset
-from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from mobilellm_hf.influence.gradients import count_predicted_tokens, summed_nll
+from mobilellm_hf.nll import mean_nll
 
 PROBE_PREFIX = "probe_nll/"
-
-
-@torch.no_grad()
-def mean_nll(model: PreTrainedModel, dataset: Dataset, batch_size: int = 16) -> float:
-    """Mean negative log-likelihood of the predicted tokens of `dataset`, in nats per token.
-
-    Args:
-        dataset: rows with `input_ids`, `labels` and, for packed rows, `position_ids`, all of one length.
-
-    Raises:
-        ValueError: no token is predicted.
-    """
-    columns = [name for name in ("input_ids", "labels", "position_ids") if name in dataset.column_names]
-    rows = dataset.select_columns(columns).with_format("torch", device=model.device)
-    was_training, total, tokens = model.training, 0.0, 0
-    model.eval()
-    for batch in rows.iter(batch_size):
-        total += summed_nll(model, batch).item()
-        tokens += count_predicted_tokens(batch["labels"])
-    model.train(was_training)
-    if tokens == 0:
-        raise ValueError("the data set has no predicted token: every label is -100 or every row has one token")
-    return total / tokens
 
 
 class ProbeNLLCallback(TrainerCallback):

@@ -81,7 +81,7 @@ def test_group_influence_is_the_inner_product_with_the_probes_and_predicts_a_ste
 
 
 def test_the_sign_is_positive_for_a_group_whose_training_step_lowers_the_probe_loss():
-    from mobilellm_hf.training import mean_nll
+    from mobilellm_hf.nll import mean_nll
 
     model, group, probe = build("mobilellm"), rows(4, seed=2), rows(3, seed=4)
     score = group_influence(model, {"g": group}, {"p": probe})[0, 0]

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
-from mobilellm_hf.training import NonFiniteLossError, ProbeNLLCallback, StopOnNonFiniteLoss, mean_nll
+from mobilellm_hf.nll import mean_nll
+from mobilellm_hf.training import NonFiniteLossError, ProbeNLLCallback, StopOnNonFiniteLoss
 from mobilellm_hf.training.monitors import probe_history
 from mobilellm_hf.training.plots import plot_probe_nll
 
@@ -34,24 +35,6 @@ def arguments(folder, **options) -> TrainingArguments:
     defaults = dict(max_steps=4, per_device_train_batch_size=2, logging_steps=1, logging_nan_inf_filter=False,
                     report_to="none", disable_tqdm=True, use_cpu=True, save_steps=2, learning_rate=1e-3)  # fmt: skip
     return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
-
-
-def test_mean_nll_is_the_token_mean_of_the_documents_read_one_by_one():
-    model, dataset = build().eval(), rows(5)
-    total = tokens = 0.0
-    for row in dataset.with_format("torch"):
-        for start, end in ((0, 5), (5, 12)):
-            ids = row["input_ids"][None, start:end]
-            logits = model(ids).logits[0, :-1].log_softmax(-1)
-            total -= logits.gather(-1, ids[0, 1:, None]).sum().item()
-            tokens += end - start - 1
-    assert mean_nll(model, dataset, batch_size=2) == pytest.approx(total / tokens, rel=1e-5)
-
-
-def test_mean_nll_refuses_a_data_set_that_predicts_nothing():
-    silent = rows(2).map(lambda row: {"labels": [-100] * 12})
-    with pytest.raises(ValueError, match="no predicted token"):
-        mean_nll(build(), silent)
 
 
 def test_probe_nll_is_logged_before_during_and_after_and_survives_a_resume(tmp_path):
