@@ -1,12 +1,43 @@
-"""The negative log-likelihood that scores and monitors share: of packed rows, in evaluation mode, by tokens."""
+"""The negative log-likelihood that scores and monitors share: of tokenized rows, in evaluation mode."""
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mobilellm_hf.modeling import MobileLLMForCausalLM
+
+IGNORED_LABEL = -100
+COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask")
+
+
+def collate(rows: dict[str, list[torch.Tensor] | torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows of any lengths as one batch, padded on the right, where causal attention needs no mask.
+
+    Without `labels` every token is predicted that is not masked. A mask that hides nothing is dropped, since with one
+    transformers would not tell packed documents apart by their `position_ids`.
+    """
+    batch = {}
+    for name, values in rows.items():
+        padding = IGNORED_LABEL if name == "labels" else 0
+        batch[name] = values if torch.is_tensor(values) else pad_sequence(list(values), True, padding)
+    if "labels" not in batch:
+        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], device=batch["input_ids"].device)
+        past_end = torch.arange(batch["input_ids"].shape[1], device=lengths.device) >= lengths[:, None]
+        hidden = past_end | (batch["attention_mask"] == 0) if "attention_mask" in batch else past_end
+        batch["labels"] = batch["input_ids"].masked_fill(hidden, IGNORED_LABEL)
+    if "attention_mask" in rows and all(bool(mask.all()) for mask in rows["attention_mask"]):
+        del batch["attention_mask"]
+    return batch
+
+
+def predicted_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(rows,) number of predicted tokens of each row."""
+    return (batch["labels"][:, 1:] != IGNORED_LABEL).sum(1)
 
 
 def evaluation_batches(
@@ -14,20 +45,26 @@ def evaluation_batches(
 ) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
     """Batches of `dataset` on the model's device, each with its number of predicted tokens.
 
-    The model is in evaluation mode meanwhile, and in its former mode afterwards.
+    The model is in evaluation mode meanwhile, and in its former mode afterwards. Gradient checkpointing stays on.
 
     Args:
-        dataset: rows with `input_ids`, `labels` and, for packed rows, `position_ids`, all of one length.
+        dataset: rows with `input_ids`, and `labels`, `position_ids` (packed rows) and `attention_mask` if there are
+            any; rows may differ in length.
 
     Raises:
         ValueError: after the last batch, if no token was predicted.
     """
-    columns = [name for name in ("input_ids", "labels", "position_ids") if name in dataset.column_names]
+    columns = [name for name in COLUMNS if name in dataset.column_names]
     was_training, tokens = model.training, 0
     model.eval()
+    for module in model.modules():
+        # Layers check their own mode; what is random in them (dropout) belongs to their submodules.
+        if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False):
+            module.training = True
     try:
-        for batch in dataset.select_columns(columns).with_format("torch", device=model.device).iter(batch_size):
-            predicted = int((batch["labels"][:, 1:] != -100).sum())
+        for rows in dataset.select_columns(columns).with_format("torch", device=model.device).iter(batch_size):
+            batch = collate(rows)
+            predicted = int(predicted_tokens(batch).sum())
             tokens += predicted
             yield batch, predicted
     finally:
@@ -36,11 +73,21 @@ def evaluation_batches(
         raise ValueError("the data set has no predicted token: every label is -100 or every row has one token")
 
 
-def summed_nll(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over the batch's predicted tokens of their negative log-likelihood (nats), a differentiable scalar."""
-    # Spares our own class the full logits; other causal LMs do not know the argument.
-    options = {"return_logits": False} if isinstance(model, MobileLLMForCausalLM) else {}
-    return model(**batch, **options, use_cache=False, num_items_in_batch=1).loss
+def summed_nll(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], row_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum over the batch's predicted tokens of their negative log-likelihood (nats), a differentiable scalar.
+
+    row_weights: (rows,) a factor for each row's sum.
+    """
+    if isinstance(model, MobileLLMForCausalLM) and not model.loss_needs_logits():  # which spares us the logits
+        options = {} if row_weights is None else {"token_weights": row_weights[:, None].expand(batch["labels"].shape)}
+        return model(**batch, **options, return_logits=False, use_cache=False, num_items_in_batch=1).loss
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float))
+    nll = F.cross_entropy(logits.mT, batch["labels"][:, 1:], ignore_index=IGNORED_LABEL, reduction="none").sum(1)
+    return (nll if row_weights is None else nll * row_weights).sum()
 
 
 @torch.no_grad()
@@ -48,7 +95,7 @@ def mean_nll(model: PreTrainedModel, dataset: Dataset, batch_size: int = 16) -> 
     """Mean negative log-likelihood of the predicted tokens of `dataset`, in nats per token.
 
     Args:
-        dataset: rows with `input_ids`, `labels` and, for packed rows, `position_ids`, all of one length.
+        dataset: as for `evaluation_batches`.
 
     Raises:
         ValueError: no token is predicted.

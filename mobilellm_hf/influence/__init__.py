@@ -1,7 +1,20 @@
-"""Influence: how much each source of training data helps each capability, and the mixture that follows from it."""
+"""Influence: how much a sample, or a source of training data, helps each capability, and the mixture that follows."""
 
+from mobilellm_hf.influence.curvature import AdamCurvature, Curvature, DataInfCurvature, IdentityCurvature
 from mobilellm_hf.influence.gradients import mean_gradient
 from mobilellm_hf.influence.mixing import average_checkpoints, mixture_weights
+from mobilellm_hf.influence.scorer import InfluenceScorer, rank_agreement
 from mobilellm_hf.influence.scoring import group_influence
 
-__all__ = ["average_checkpoints", "group_influence", "mean_gradient", "mixture_weights"]
+__all__ = [
+    "AdamCurvature",
+    "Curvature",
+    "DataInfCurvature",
+    "IdentityCurvature",
+    "InfluenceScorer",
+    "average_checkpoints",
+    "group_influence",
+    "mean_gradient",
+    "mixture_weights",
+    "rank_agreement",
+]

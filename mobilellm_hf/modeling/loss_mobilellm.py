@@ -4,6 +4,8 @@ With a vocabulary of 128,256 the logits of a batch are larger than the 140M mode
 cost more than the arithmetic on them. Like the model's file, this one is copied into every saved folder.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -11,8 +13,18 @@ import torch.nn.functional as F
 LOSS_CHUNK_ELEMENTS = 2**25
 
 
-def _chunk_loss(buffer: torch.Tensor, hidden_states, weight, targets, kept) -> tuple[torch.Tensor, torch.Tensor]:
-    """NLL of a chunk's tokens (tokens, 1), and the gradient of their sum by the logits, left in `buffer`."""
+def chunk_loss(
+    buffer: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    factors: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL of a chunk's tokens times their `factors`, and the gradient of the sum by the logits, left in `buffer`.
+
+    buffer: (tokens, vocabulary); hidden_states: (tokens, hidden); targets and factors: (tokens, 1), 0 for a token that
+    does not count. Returns (tokens, 1) and (tokens, vocabulary).
+    """
     if hidden_states.dtype == buffer.dtype:
         torch.mm(hidden_states, weight.mT, out=buffer)
     else:
@@ -22,8 +34,8 @@ def _chunk_loss(buffer: torch.Tensor, hidden_states, weight, targets, kept) -> t
     top, top_index = buffer.max(-1, keepdim=True)
     probabilities = torch.softmax(buffer, -1, out=buffer)
     nll = top - probabilities.gather(-1, top_index).log() - target_logits
-    logits_grad = probabilities.scatter_add_(-1, targets, torch.full_like(nll, -1.0)).mul_(kept)
-    return torch.where(kept, nll, 0.0), logits_grad
+    logits_grad = probabilities.scatter_add_(-1, targets, torch.full_like(nll, -1.0)).mul_(factors)
+    return torch.where(factors != 0, nll * factors, 0.0), logits_grad
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -31,11 +43,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The gradients are formed on the way, while a chunk's probabilities are at hand: three matrix products, like the
     unfused loss, at a fraction of its memory. hidden_states: (tokens, hidden); weight: (vocabulary, hidden); labels:
-    (tokens,), `ignore_index` where nothing is predicted. Probabilities and sums are fp32, or fp64 for fp64 weights.
+    (tokens,), `ignore_index` where nothing is predicted; token_weights: (tokens,) or None, a factor for each NLL.
+    Probabilities and sums are fp32, or fp64 for fp64 weights.
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, ignore_index):
+    def forward(ctx, hidden_states, weight, labels, token_weights, ignore_index):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         device_type, ctx.weight_dtype = hidden_states.device.type, weight.dtype
         precise = torch.promote_types(weight.dtype, torch.float)
@@ -46,6 +59,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
         kept = (labels != ignore_index)[:, None]
         targets = torch.where(kept, labels[:, None], 0)
+        factors = kept.to(precise) if token_weights is None else kept * token_weights[:, None].to(precise)
         total = torch.zeros((), dtype=precise, device=hidden_states.device)
         chunk = max(1, LOSS_CHUNK_ELEMENTS // len(weight))
         # One buffer for every chunk, overwritten in place: fresh pages cost a CPU more than the arithmetic on them.
@@ -53,7 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_states), chunk):
             part = slice(start, start + chunk)
             hidden = hidden_states[part]
-            nll, logits_grad = _chunk_loss(buffer[: len(hidden)], hidden, weight, targets[part], kept[part])
+            nll, logits_grad = chunk_loss(buffer[: len(hidden)], hidden, weight, targets[part], factors[part])
             total += nll.sum()
             logits_grad = logits_grad.to(hidden.dtype)
             if needs_hidden:
@@ -73,7 +87,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_grad = None if hidden_grad is None else hidden_grad.mul_(total_grad)
         weight_grad = None if weight_grad is None else weight_grad.mul_(total_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None
 
 
 def linear_causal_lm_loss(
@@ -83,17 +97,23 @@ def linear_causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    cross_entropy: Callable[..., torch.Tensor] = LinearCrossEntropy.apply,
     **kwargs,
 ) -> torch.Tensor:
     """transformers' `ForCausalLMLoss` from hidden states (batch, tokens, hidden) and the head's weight.
 
-    labels: (batch, tokens), shifted here unless `shift_labels` is given. Returns the sum over the predicted tokens
-    divided by `num_items_in_batch`, by default their number; NaN with zero gradients if there is none.
+    labels: (batch, tokens), shifted here unless `shift_labels` is given. token_weights: (batch, tokens), a factor for
+    the NLL of each label, shifted with them. cross_entropy: computes the sum in the place of `LinearCrossEntropy`.
+    Returns the sum over the predicted tokens divided by `num_items_in_batch`, by default their number; NaN with zero
+    gradients if there is none.
     """
+    if token_weights is not None:
+        token_weights = (F.pad(token_weights, (0, 1))[..., 1:] if shift_labels is None else token_weights).reshape(-1)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
-    total = LinearCrossEntropy.apply(hidden_states.flatten(0, -2), weight, shift_labels, ignore_index)
+    total = cross_entropy(hidden_states.flatten(0, -2), weight, shift_labels, token_weights, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
     items = torch.as_tensor(num_items_in_batch, device=total.device)
