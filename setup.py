@@ -37,6 +37,7 @@ setup(
         "jinja2>=3.1",
         "pyyaml>=6",
         "sympy>=1.13",
+        "trl>=1.16,<2",
     ],
     extras_require=EXTRAS,
 )

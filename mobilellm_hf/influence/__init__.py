@@ -2,9 +2,9 @@
 
 from mobilellm_hf.influence.curvature import AdamCurvature, Curvature, DataInfCurvature, IdentityCurvature
 from mobilellm_hf.influence.gradients import mean_gradient
-from mobilellm_hf.influence.mixing import average_checkpoints, mixture_weights
+from mobilellm_hf.influence.groups import group_influence
+from mobilellm_hf.influence.mixing import average_checkpoints, group_means, joint_influence, keep_mask, mixture_weights
 from mobilellm_hf.influence.scorer import InfluenceScorer, rank_agreement
-from mobilellm_hf.influence.scoring import group_influence
 
 __all__ = [
     "AdamCurvature",
@@ -14,6 +14,9 @@ __all__ = [
     "InfluenceScorer",
     "average_checkpoints",
     "group_influence",
+    "group_means",
+    "joint_influence",
+    "keep_mask",
     "mean_gradient",
     "mixture_weights",
     "rank_agreement",

@@ -1,4 +1,7 @@
-"""From influence scores to a data mixture: equations (4) and (5) of MobileLLM-R1."""
+"""From influence scores to what is read next: the mixture and the rejection of equations (4) to (6) of MobileLLM-R1.
+
+A score that is not finite (a sample whose gradient overflowed) counts nowhere: not in a mean, and it is not kept.
+"""
 
 from collections.abc import Sequence
 
@@ -9,12 +12,12 @@ def average_checkpoints(scores: torch.Tensor, steps: Sequence[int]) -> torch.Ten
     """The inner sum of equation (4): the mean over checkpoints, each weighted by its training step.
 
     Args:
-        scores: (checkpoints, groups, capabilities); several models' checkpoints can be scored per capability, as in
-            equation (3), as long as they stand at the same steps.
+        scores: (checkpoints, samples or groups, capabilities); several models' checkpoints can be scored per
+            capability, as in equation (3), as long as they stand at the same steps.
         steps: training step of each checkpoint, positive.
 
     Returns:
-        (groups, capabilities) influence. Its mean over the capabilities is the joint influence of equation (4).
+        (samples or groups, capabilities) influence.
 
     Raises:
         ValueError: the steps do not match the scores or are not positive.
@@ -23,6 +26,57 @@ def average_checkpoints(scores: torch.Tensor, steps: Sequence[int]) -> torch.Ten
         raise ValueError(f"steps must be {len(scores)} positive numbers, one per checkpoint, not {list(steps)}")
     alpha = torch.tensor(steps, dtype=scores.dtype) / sum(steps)
     return torch.einsum("t,tgc->gc", alpha, scores)
+
+
+def joint_influence(
+    scores: torch.Tensor, capabilities: Sequence[str], subset: Sequence[str] | None = None
+) -> torch.Tensor:
+    """The outer sum of equation (4): the uniform mean over the capabilities, or over a subset of them.
+
+    Args:
+        scores: (samples or groups, capabilities).
+        capabilities: the names of the columns.
+        subset: which of them count; all by default.
+
+    Returns:
+        (samples or groups,) joint influence.
+
+    Raises:
+        ValueError: the names do not fit the scores, or the subset names a capability that was not scored.
+    """
+    if len(capabilities) != scores.shape[-1]:
+        raise ValueError(f"{len(capabilities)} capabilities for scores with {scores.shape[-1]} columns")
+    chosen = list(capabilities if subset is None else subset)
+    if not chosen or set(chosen) - set(capabilities):
+        raise ValueError(f"subset={chosen} must name one or more of {', '.join(capabilities)}")
+    return scores[:, [list(capabilities).index(name) for name in chosen]].mean(-1)
+
+
+def group_means(
+    influence: torch.Tensor, tokens: torch.Tensor, groups: Sequence[str]
+) -> tuple[list[str], torch.Tensor]:
+    """rho of equation (5): the mean influence of each group, a sample weighing by its number of tokens.
+
+    Args:
+        influence: (samples,) joint influence of each.
+        tokens: (samples,) predicted tokens of each.
+        groups: the group of each sample.
+
+    Returns:
+        The groups in order of appearance, and (groups,) rho, per token.
+
+    Raises:
+        ValueError: a group has no sample with a finite score and a predicted token.
+    """
+    names = list(dict.fromkeys(groups))
+    member = torch.tensor([names.index(group) for group in groups])
+    counted = influence.isfinite() & (tokens > 0)
+    weight = torch.where(counted, tokens, 0).to(influence.dtype)
+    zeros = influence.new_zeros(len(names))
+    totals = zeros.index_add(0, member, weight)
+    if empty := [name for name, total in zip(names, totals.tolist(), strict=True) if total == 0]:
+        raise ValueError(f"no sample of {', '.join(empty)} has a finite score: look at its data, or leave it out")
+    return names, zeros.index_add(0, member, torch.where(counted, influence, 0.0) * weight) / totals
 
 
 def mixture_weights(rho: torch.Tensor, groups: Sequence[str], floor: float = 0.0) -> dict[str, float]:
@@ -51,3 +105,26 @@ def mixture_weights(rho: torch.Tensor, groups: Sequence[str], floor: float = 0.0
         raise ValueError(f"floor={floor} is negative, or leaves nothing for the groups with a positive influence")
     weights = floors + positive / positive.sum() * (1 - floors.sum())
     return dict(zip(groups, weights.tolist(), strict=True))
+
+
+def keep_mask(scores: torch.Tensor, capabilities: Sequence[str], rule: str = "mean") -> torch.Tensor:
+    """Equation (6): which samples stay, those with a positive influence.
+
+    Args:
+        scores: (samples, capabilities).
+        capabilities: the names of the columns.
+        rule: "mean" over the capabilities, "any" of them, or the name of one.
+
+    Returns:
+        (samples,) bool; False where a score that the rule needs is not finite.
+
+    Raises:
+        ValueError: the rule is none of these.
+    """
+    if rule == "any":
+        return (scores > 0).any(-1)
+    if rule == "mean":
+        return joint_influence(scores, capabilities) > 0
+    if rule not in capabilities:
+        raise ValueError(f"rule={rule!r} must be 'mean', 'any' or one of {', '.join(capabilities)}")
+    return joint_influence(scores, capabilities, [rule]) > 0

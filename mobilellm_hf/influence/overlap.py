@@ -10,30 +10,36 @@ SPAN = 16
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-def refuse_overlap(dataset: Dataset, probes: Mapping[str, Dataset], max_share: float = 0.5) -> None:
-    """Raises a ValueError that names the first rows of `dataset` of which more than `max_share` occurs in a probe.
+# What files of a project have in common, such as licence headers, is less than this share of a row.
+MAX_SHARE = 0.5
+
+
+def find_overlap(dataset: Dataset, probes: Mapping[str, Dataset]) -> dict[int, tuple[str, float]]:
+    """Rows of `dataset` more than half of which occurs in a probe: row -> (the probe, the share that occurs there).
 
     A row is read as spans of 16 tokens, laid end to end, and searched for in the probes at every offset, so that a
-    document is found wherever packing put it. Less than `max_share` is what files of a project have in common, such
-    as licence headers. A row shorter than a span counts as a whole.
+    document is found wherever packing put it. A row shorter than a span counts as a whole.
     """
     known = {
         name: np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_every_span, _rows(probe))]))
         for name, probe in probes.items()
     }
-    found = []
+    found = {}
     for row, ids in enumerate(_rows(dataset)):
         spans = _every_span(ids)[::SPAN]
-        for name, hashes in known.items():
-            share = np.isin(spans, hashes).mean() if len(spans) else 0.0
-            if share > max_share:
-                found.append(f"row {row} with probe {name!r} ({share:.0%})")
-    if found:
+        shares = {name: np.isin(spans, hashes).mean() if len(spans) else 0.0 for name, hashes in known.items()}
+        name = max(shares, key=shares.get, default=None)
+        if name is not None and shares[name] > MAX_SHARE:
+            found[row] = (name, float(shares[name]))
+    return found
+
+
+def refuse_overlap(dataset: Dataset, probes: Mapping[str, Dataset], remedy: str) -> None:
+    """Raises a ValueError that names the first rows that `find_overlap` finds, and the remedy."""
+    if found := find_overlap(dataset, probes):
+        first = [f"row {row} with probe {name!r} ({share:.0%})" for row, (name, share) in list(found.items())[:5]]
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ValueError(
-            f"the scored data shares documents with the probes: {', '.join(found[:5])}{more}. Take them out of the "
-            "probes or of the data, or pass allow_overlap=True"
-        )
+        raise ValueError(f"the scored data shares documents with the probes: {', '.join(first)}{more}. {remedy}")
 
 
 def _rows(dataset: Dataset) -> Iterator[np.ndarray]:

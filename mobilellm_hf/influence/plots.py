@@ -48,3 +48,38 @@ def plot_influence(
     right.legend(frameon=False, fontsize=9)
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def plot_histograms(scores: Mapping[str, torch.Tensor], capabilities: Sequence[str], path: str | Path) -> None:
+    """Histograms of the samples' influence, a panel a capability and a curve a checkpoint (Figure 5 of the paper).
+
+    As a model learns, influence contracts towards zero; what is left of zero is what equation (6) rejects.
+
+    Args:
+        scores: label of a checkpoint, in order of training -> (samples, capabilities).
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(capabilities), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(capabilities), squeeze=False)[0]
+    colors = colormaps["viridis"].resampled(max(2, len(scores)))
+    for column, (panel, capability) in enumerate(zip(panels, capabilities, strict=True)):
+        values = {label: part[:, column][part[:, column].isfinite()].numpy() for label, part in scores.items()}
+        everything = torch.cat([torch.as_tensor(part) for part in values.values()])
+        # Without the outermost percent, which would make a line of all the rest.
+        low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=everything.dtype)).tolist()
+        for number, (label, part) in enumerate(values.items()):
+            rejected = f" ({(part <= 0).mean():.0%} not positive)"
+            panel.hist(
+                part, bins=60, range=(min(low, 0.0), max(high, 0.0)), histtype="step", density=True,
+                color=colors(number), label=label + rejected,
+            )  # fmt: skip
+        panel.axvline(0, color="gray", linestyle="--", linewidth=1)
+        panel.set_title(capability, fontsize=10)
+        panel.set_xlabel("influence of a sample", fontsize=9)
+        panel.set_yticks([])
+        panel.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=130)

@@ -11,14 +11,14 @@ equation (2), which contradicts its own (6), "keep I > 0").
 
 import fnmatch
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mobilellm_hf.influence.curvature import Curvature, IdentityCurvature
 from mobilellm_hf.influence.fused import FusedInfluence
@@ -81,11 +81,8 @@ class InfluenceScorer:
                 gradients.append(mean_gradient(model, dataset, batch_size, on_batch, average))
             except ValueError as error:
                 raise ValueError(f"probe {name!r}: {error}") from error
-        stacked = {
-            name: torch.stack([gradient[name] for gradient in gradients])
-            for name in gradients[0]
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
-        }
+        kept = exclude_parameters(gradients[0], exclude)
+        stacked = {name: torch.stack([gradient[name] for gradient in gradients]) for name in kept}
         del gradients
         self.directions = curvature.precondition(stacked)
         if rank is not None:
@@ -136,7 +133,9 @@ class InfluenceScorer:
         """
         check_rows("the scored data set", dataset, self.model)
         if not allow_overlap:
-            refuse_overlap(dataset, self.probes)
+            refuse_overlap(
+                dataset, self.probes, "Take them out of the probes or of the data, or pass allow_overlap=True."
+            )
         lengths = torch.tensor([len(ids) for ids in dataset.with_format(None)["input_ids"]])
         order = lengths.argsort(stable=True, descending=True)
         parts = []
@@ -151,7 +150,7 @@ class InfluenceScorer:
             return [rows[i][:length] for i, length in zip(order.argsort().tolist(), lengths.tolist(), strict=True)]
         scores = torch.cat(parts)[order.argsort()]
         if bad := (~scores.isfinite().all(1)).nonzero().flatten().tolist():
-            logger.warning("the gradient of row(s) %s is not finite: scored NaN, and in no mixture", _some(bad))
+            logger.warning("the gradient of row(s) %s is not finite: scored NaN", _some(bad))
         return scores
 
     @contextmanager
@@ -208,13 +207,30 @@ def rank_agreement(approximate: torch.Tensor, exact: torch.Tensor) -> torch.Tens
     return (left * right).sum(0) / (left.norm(dim=0) * right.norm(dim=0))
 
 
-def check_rows(label: str, dataset: Dataset, model: PreTrainedModel) -> None:
+def exclude_parameters(names: Iterable[str], exclude: Sequence[str]) -> list[str]:
+    """The names that match none of the patterns.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left.
+    """
+    names = list(names)
+    for pattern in exclude:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"exclude: no parameter matches {pattern!r}; the first are {', '.join(names[:3])}")
+    kept = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
+    if not kept:
+        raise ValueError(f"exclude={list(exclude)} leaves no parameter")
+    return kept
+
+
+def check_rows(label: str, dataset: Dataset, model: PreTrainedModel | PreTrainedConfig) -> None:
     """Raises a ValueError that names `label` for a data set without rows, without ids or with ids beyond the model."""
     if len(dataset) == 0:
         raise ValueError(f"{label} is empty")
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"{label} has the columns {dataset.column_names}, not input_ids: tokenize it first")
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings = None if isinstance(model, PreTrainedConfig) else model.get_input_embeddings()
+    vocabulary = model.vocab_size if embeddings is None else embeddings.num_embeddings
     for row, ids in enumerate(dataset.with_format("numpy", columns=["input_ids"])["input_ids"]):
         if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
             raise ValueError(

@@ -1,53 +1,203 @@
-"""Influence of whole sources (groups) on capability probes, equations (2) and (3) with H = identity.
+"""Scores of a data set on disk: checkpoint by checkpoint, in shards that are whole or absent.
 
-Positive means helpful: a training step on the group lowers the probe's loss to first order. The paper prints the
-opposite sign in its equation (2), which contradicts its own (6), "keep I > 0".
+A shard belongs to one process and depends on nothing but its rows, so any number of processes writes the same files,
+and what is on disk is never computed again. The directions of a checkpoint (its probes' gradients after the
+curvature's inverse) are on disk too while it is being scored.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
-from mobilellm_hf.influence.gradients import mean_gradient
+from mobilellm_hf.influence.scorer import InfluenceScorer
+
+# What may differ between the configurations of checkpoints of one training run.
+INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
 
 
-def group_influence(
-    model: PreTrainedModel,
-    groups: dict[str, Dataset],
-    probes: dict[str, Dataset],
-    batch_size: int = 8,
-    on_batch: Callable[[int], None] | None = None,
-) -> torch.Tensor:
-    """rho of every group on every probe: the token-weighted mean influence of the group's samples, exact.
+@dataclass(frozen=True)
+class ScoringCheckpoint:
+    """A model that scores, and the capabilities whose probes it scores against (equation 3)."""
 
-    Costs one gradient per group and per probe set, and holds one gradient per probe set.
+    name: str
+    revision: str | None
+    step: int
+    capabilities: tuple[str, ...]
+    label: str
 
-    Returns:
-        (groups, probes) float64 tensor, rows and columns in the order of the two dictionaries.
+    def load_config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.name, revision=self.revision)
+
+    def digest(self) -> str:
+        """What identifies the weights: SHA-256 of a local folder's, else the commit on the Hub."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return self.load_config()._commit_hash
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+        if not files:
+            raise ValueError(f"{folder} has no weights (*.safetensors)")
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                while chunk := stream.read(2**22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def read_checkpoints(
+    spec: Sequence[str | Mapping] | Mapping[str, Sequence[str | Mapping]], capabilities: Sequence[str]
+) -> list[ScoringCheckpoint]:
+    """The checkpoints of a recipe's YAML file.
+
+    Args:
+        spec: a list, each checkpoint scoring every capability, or capability -> list, as in the paper, which trains a
+            model on each domain. A checkpoint is a folder, "org/name@revision", or {name, revision, step}; the step is
+            read from `trainer_state.json` or the folder's name ("checkpoint-300") if it is not given.
 
     Raises:
-        ValueError: a data set is empty or its gradient is not finite; the message names the data set.
+        ValueError: a folder does not exist, a step cannot be told, capabilities do not match the probes, or the
+            checkpoints differ in architecture; the message names the checkpoint and the field.
     """
-    directions = [_named_gradient(f"probe {name!r}", model, probes[name], batch_size, on_batch) for name in probes]
-    scores = torch.empty(len(groups), len(probes), dtype=torch.float64)
-    for row, name in enumerate(groups):
-        gradient = _named_gradient(f"source {name!r}", model, groups[name], batch_size, on_batch)
-        for column, direction in enumerate(directions):
-            scores[row, column] = sum(_inner(gradient[key], direction[key]) for key in direction)
-    return scores
+    by_capability = spec if isinstance(spec, Mapping) else {None: spec}
+    if isinstance(spec, Mapping) and set(spec) != set(capabilities):
+        raise ValueError(f"checkpoints are given for {sorted(spec)}, but probes for {sorted(capabilities)}")
+    found = []
+    for capability, entries in by_capability.items():
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"checkpoints must be a list, or capability -> list, not {entries!r}")
+        for entry in entries:
+            entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+            name, _, revision = str(entry["name"]).partition("@")
+            step = entry.get("step") or _step(name, alone=len(entries) == 1)
+            served = tuple(capabilities) if capability is None else (capability,)
+            label = f"{len(found):02d}-{Path(name).name}"
+            found.append(ScoringCheckpoint(name, entry.get("revision") or revision or None, int(step), served, label))
+    _check_architectures(found)
+    return found
 
 
-def _inner(left: torch.Tensor, right: torch.Tensor) -> float:
-    # On the CPU, since not every accelerator has fp64.
-    return torch.linalg.vecdot(*(side.flatten().to("cpu", torch.float64) for side in (left, right))).item()
+def _step(name: str, alone: bool) -> int:
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
+        raise ValueError(f"checkpoints: there is no folder {name}")
+    state = folder / "trainer_state.json"
+    if state.exists():
+        return json.loads(state.read_text())["global_step"]
+    if found := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+        return int(found[1])
+    if alone:  # one checkpoint has the whole weight, whatever its step
+        return 1
+    raise ValueError(f"checkpoints: the training step of {name} cannot be told: write {{name: {name}, step: N}}")
 
 
-def _named_gradient(label: str, model, dataset, batch_size, on_batch) -> dict[str, torch.Tensor]:
-    if len(dataset) == 0:
-        raise ValueError(f"{label} is empty")
-    try:
-        return mean_gradient(model, dataset, batch_size, on_batch)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from error
+def _check_architectures(checkpoints: Sequence[ScoringCheckpoint]) -> None:
+    first = None
+    for checkpoint in checkpoints:
+        config = {k: v for k, v in checkpoint.load_config().to_dict().items() if k not in INCIDENTAL}
+        first = config if first is None else first
+        for field in sorted(set(first) | set(config)):
+            if first.get(field) != config.get(field):
+                raise ValueError(
+                    f"checkpoints are of different architectures: {field} is {first.get(field)!r} in "
+                    f"{checkpoints[0].name} and {config.get(field)!r} in {checkpoint.name}"
+                )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 of the ids and labels of a data set's rows, in order."""
+    digest = hashlib.sha256()
+    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    for batch in dataset.select_columns(columns).with_format("numpy").iter(1_000):
+        for name in columns:
+            for values in batch[name]:
+                digest.update(len(values).to_bytes(4, "little") + values.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def shard_count(rows: int, rows_per_shard: int) -> int:
+    return -(-rows // rows_per_shard)
+
+
+def score_shards(
+    scorer: Callable[[], InfluenceScorer],
+    dataset: Dataset,
+    folder: Path,
+    rows_per_shard: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> None:
+    """Writes this process's shards (every `world_size`th from `rank` on) that are not in `folder` yet.
+
+    A shard is a parquet file of its rows' `row`, `source`, `tokens` (predicted) and a column for each capability.
+
+    Args:
+        scorer: makes the scorer, and is not called if nothing is missing.
+        on_batch: called with the number of rows done, those of shards found on disk included.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made = None
+    for shard in range(rank, shard_count(len(dataset), rows_per_shard), world_size):
+        file = folder / f"shard-{shard:05d}.parquet"
+        start = shard * rows_per_shard
+        part = dataset.select(range(start, min(start + rows_per_shard, len(dataset))))
+        if file.exists():
+            if on_batch is not None:
+                on_batch(len(part))
+            continue
+        made = made or scorer()
+        scores = made.score(part, batch_size, allow_overlap=True, on_batch=on_batch)
+        labels = part.with_format("numpy")["labels"]
+        columns: dict[str, Any] = {
+            "row": range(start, start + len(part)),
+            "source": part["source"][:],
+            "tokens": [int((row[1:] != -100).sum()) for row in labels],
+        }
+        columns |= {name: scores[:, number].numpy() for number, name in enumerate(made.capabilities)}
+        partial = file.with_suffix(".partial")
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+        os.replace(partial, file)
+
+
+def read_shards(folder: Path, rows: int, rows_per_shard: int) -> pyarrow.Table:
+    """The table of all shards, in the order of the rows.
+
+    Raises:
+        ValueError: a shard is missing or has another number of rows.
+    """
+    tables = []
+    for shard in range(shard_count(rows, rows_per_shard)):
+        file = folder / f"shard-{shard:05d}.parquet"
+        table = pyarrow.parquet.read_table(file) if file.exists() else None
+        expected = min(rows_per_shard, rows - shard * rows_per_shard)
+        if table is None or len(table) != expected:
+            raise ValueError(f"{file} is missing or damaged: delete it, and run again")
+        tables.append(table)
+    return pyarrow.concat_tables(tables)
+
+
+def combine(tables: Mapping[ScoringCheckpoint, pyarrow.Table], capabilities: Sequence[str]) -> torch.Tensor:
+    """Equation (4)'s inner sum: (N, C), each capability over its own checkpoints with weights proportional to step."""
+    columns = []
+    for name in capabilities:
+        serving = {checkpoint: table for checkpoint, table in tables.items() if name in checkpoint.capabilities}
+        total = sum(checkpoint.step for checkpoint in serving)
+        columns.append(
+            sum(
+                torch.from_numpy(table[name].to_numpy().copy()) * (checkpoint.step / total)
+                for checkpoint, table in serving.items()
+            )
+        )
+    return torch.stack(columns, -1)
