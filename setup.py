@@ -11,9 +11,12 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mobilellm_hf/__init__.py")
 EXTRAS = {
     "plots": ["matplotlib>=3.9"],  # the pictures that recipes draw
     "peft": ["peft>=0.21,<1"],  # LoRA and other adapters
+    # What kronfluence needs for the EK-FAC curvature. It is installed itself with --no-deps, since it also declares
+    # torchvision, whose newest build replaces torch.
+    "ekfac": ["einconv>=0.1", "einops>=0.8", "opt-einsum>=3.4"],
     "lint": ["ruff==0.17.6"],
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", *EXTRAS["plots"], *EXTRAS["peft"]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", *EXTRAS["plots"], *EXTRAS["peft"], *EXTRAS["ekfac"]]
 
 setup(
     name="mobilellm_hf",

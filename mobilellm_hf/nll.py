@@ -29,6 +29,7 @@ def collate(rows: dict[str, list[torch.Tensor] | torch.Tensor]) -> dict[str, tor
         lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], device=batch["input_ids"].device)
         past_end = torch.arange(batch["input_ids"].shape[1], device=lengths.device) >= lengths[:, None]
         hidden = past_end | (batch["attention_mask"] == 0) if "attention_mask" in batch else past_end
+        hidden[:, 1:] |= hidden[:, :-1].clone()  # nor is anything predicted from padding
         batch["labels"] = batch["input_ids"].masked_fill(hidden, IGNORED_LABEL)
     if "attention_mask" in rows and all(bool(mask.all()) for mask in rows["attention_mask"]):
         del batch["attention_mask"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_from_disk
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
@@ -62,11 +62,15 @@ def load_rows(
             documents = load_corpus(**entry)
             parts[number], _ = tokenize_and_pack(documents, tokenizer, seq_length, config=config)
     columns = [name for name in ("input_ids", "labels", "position_ids", "source") if _in_all(name, parts)]
-    rows = concatenate_datasets([part.select_columns(columns) for part in parts])
+    # Saved rows may say less about their types than packed ones do.
+    numbers = {name: List(Value("int32")) for name in columns if name != "source"}
+    features = Features({**numbers, "source": Value("string")})
+    rows = concatenate_datasets([part.select_columns(columns).cast(features) for part in parts])
     return rows if rows_per_source is None else sample_per_source(rows, rows_per_source, seed)
 
 
 def _in_all(name: str, parts: Sequence[Dataset]) -> bool:
+    """Whether all parts have the column; a ValueError if some have."""
     present = [name in part.column_names for part in parts]
     if any(present) and not all(present):
         raise ValueError(f"some of the sources have the column {name!r} and others have not: pack them alike")
@@ -83,10 +87,11 @@ def _load_saved(entry: Mapping[str, Any]) -> Dataset:
     if missing := {"input_ids", "labels", "source"} - set(dataset.column_names):
         raise CorpusError(f"{folder} has no column {sorted(missing)[0]!r}: it does not hold packed rows")
     if "sources" in entry:
-        found = np.asarray(dataset["source"][:])
+        found = dataset["source"][:]
         if unknown := set(entry["sources"]) - set(found):
-            raise CorpusError(f"{folder} has no source {sorted(unknown)[0]!r}. Its sources: {sorted(set(found))}.")
-        dataset = dataset.select(np.flatnonzero(np.isin(found, entry["sources"])))
+            present = ", ".join(sorted(set(found)))
+            raise CorpusError(f"{folder} has no source {sorted(unknown)[0]!r}. Its sources: {present}.")
+        dataset = dataset.select([row for row, source in enumerate(found) if source in entry["sources"]])
     return dataset
 
 

@@ -1,5 +1,6 @@
 """Influence taken inside training steps: the weights' gradients and the samples' scores out of the same matrices."""
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -29,10 +30,13 @@ class FusedInfluence(GradientProducts):
     def _recording(self, forward):
         """The model's forward; the batch's shape and, in the backward pass, the loss's scale are kept beside it."""
 
+        @functools.wraps(forward)  # the Trainer drops columns that are not in its signature
         def recorded(*args, **kwargs):
-            labels = kwargs.get("labels")
-            if labels is None or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
+            labels = kwargs.get("labels")
+            if labels is None:
+                raise RuntimeError("influence in a training step needs the model's loss: pass `labels` to the model")
             self.begin(*labels.shape)
             tokens = (labels[:, 1:] != IGNORED_LABEL).sum(1)
             items = kwargs.get("num_items_in_batch")

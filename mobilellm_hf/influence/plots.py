@@ -66,6 +66,7 @@ def plot_histograms(scores: Mapping[str, torch.Tensor], capabilities: Sequence[s
     colors = colormaps["viridis"].resampled(max(2, len(scores)))
     for column, (panel, capability) in enumerate(zip(panels, capabilities, strict=True)):
         values = {label: part[:, column][part[:, column].isfinite()].numpy() for label, part in scores.items()}
+        values = {label: part for label, part in values.items() if len(part)}
         everything = torch.cat([torch.as_tensor(part) for part in values.values()])
         # Without the outermost percent, which would make a line of all the rest.
         low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=everything.dtype)).tolist()

@@ -96,7 +96,7 @@ class GradientProducts:
         for module, forward in self._patches:
             self._patch(module, "forward", forward)
         if hasattr(self.model, "fused_loss"):
-            self._patch(self.model, "fused_loss", self._fused_loss)
+            self._patch(self.model, "fused_loss", self._fused_loss(self.model.fused_loss))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -135,13 +135,18 @@ class GradientProducts:
 
         return lambda inputs: Tap.apply(forward(inputs), inputs, None, products)
 
-    def _fused_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    def _fused_loss(self, fused_loss: Callable) -> Callable:
         weight = self.model.lm_head.weight
 
         def cross_entropy(*arguments):
             return TappedCrossEntropy.apply(*arguments, self, self.direction(weight))
 
-        return linear_causal_lm_loss(hidden_states, weight, labels, cross_entropy=cross_entropy, **kwargs)
+        def tapped_loss(hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return fused_loss(hidden_states, labels, **kwargs)
+            return linear_causal_lm_loss(hidden_states, weight, labels, cross_entropy=cross_entropy, **kwargs)
+
+        return tapped_loss
 
     def by_sample(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """(samples, positions or a multiple, width) of a module's input, output or gradient."""

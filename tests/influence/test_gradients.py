@@ -3,40 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from influence_cases import build, probe_gradient, rows
 
-from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.influence import group_influence, mean_gradient
-
-SHAPE = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-)  # fmt: skip
-
-
-def build(kind: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = (
-        MobileLLMForCausalLM(MobileLLMConfig(**SHAPE))
-        if kind == "mobilellm"
-        else LlamaForCausalLM(LlamaConfig(**SHAPE))
-    )
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # or every norm weight would be one and its gradient untried
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def rows(count: int, seed: int, packed: bool = True) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 64, (count, 16), generator=generator)
-    labels = ids.clone()
-    labels[:, 5:9] = -100
-    labels[0] = -100  # a sample that predicts nothing weighs nothing
-    columns = {"input_ids": ids.tolist(), "labels": labels.tolist(), "source": ["s"] * count}
-    if packed:
-        columns["position_ids"] = [[*range(7), *range(9)]] * count
-    return Dataset.from_dict(columns)
 
 
 def brute_force(model: torch.nn.Module, dataset: Dataset) -> dict[str, torch.Tensor]:
@@ -75,7 +44,8 @@ def test_group_influence_is_the_inner_product_with_the_probes_and_predicts_a_ste
     for row, group in enumerate(groups.values()):
         left = brute_force(model, group)
         for column, probe in enumerate(probes.values()):
-            right = brute_force(model, probe)
+            right = probe_gradient(model, probe)
+            model.float()
             expected = sum((left[name] * right[name]).sum() for name in left)
             assert abs(scores[row, column] - expected) <= 1e-5 * abs(expected)
 
