@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = dict(zip(("load", "train", "release"), re.findall(r"```python\n(.*?)```", README, re.S)))
+BLOCKS = dict(zip(("load", "train", "score", "release"), re.findall(r"```python\n(.*?)```", README, re.S)))
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,18 @@ def run_block(tmp_path_factory):
     return run
 
 
-def test_there_are_three_uses():
-    assert README.count("```python") == len(BLOCKS) == 3
+def test_there_are_four_uses():
+    assert README.count("```python") == len(BLOCKS) == 4
 
 
 def test_what_train_saved_is_loaded_and_generates(run_block):
     assert run_block("load", ("runs/quickstart/model", "runs/train/model")).startswith("<|begin_of_text|>def __init__")
+
+
+def test_scores_inside_a_training_step_are_those_of_the_scorer(run_block):
+    difference = run_block("score")
+    values = [abs(float(value)) for value in re.findall(r"-?\d+\.\d+e?[-+]?\d*", difference)]
+    assert len(values) == 8 and max(values) < 1e-2, difference
 
 
 def test_release_writes_the_twin(run_block):

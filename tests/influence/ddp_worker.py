@@ -1,4 +1,4 @@
-"""Run by torchrun from test_fused.py: scores inside a DDP training step, against one process on all samples."""
+"""Run by torchrun from test_fused.py: scores inside a DDP training step, against one process on all samples; FSDP2 is refused."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from influence_cases import build, relative_error, rows
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mobilellm_hf.influence import InfluenceScorer
@@ -35,4 +36,13 @@ if rank == 0:
     (Path(sys.argv[1]) / "figures.json").write_text(
         json.dumps(dict(scores=errors[0].item(), gradients=errors[1].item()))
     )
+fully_shard(sharded := build())
+try:
+    InfluenceScorer(sharded, {"code": rows(4, 5)})
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+if rank == 0:
+    figures |= dict(refused=refused)
+    (Path(sys.argv[1]) / "figures.json").write_text(json.dumps(figures))
 dist.destroy_process_group()

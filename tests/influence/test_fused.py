@@ -124,3 +124,4 @@ def test_two_ddp_processes_get_the_joint_gradients_and_the_scores_of_their_own_s
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["scores"] < 1e-6 and figures["gradients"] < 1e-5
+    assert "is sharded (FSDP or tensor parallelism)" in figures["refused"]
