@@ -1,4 +1,4 @@
-"""Run by torchrun from test_fused.py: scores inside a DDP training step, against one process on all samples; FSDP2 is refused."""
+"""Run by torchrun from test_fused.py: scores inside a DDP training step against one process's; FSDP2 is refused."""
 
 import json
 import sys
@@ -32,10 +32,6 @@ errors = torch.tensor([
     max(relative_error(p.grad, joint[name]) for name, p in model.named_parameters()),
 ])  # fmt: skip
 dist.all_reduce(errors, dist.ReduceOp.MAX)
-if rank == 0:
-    (Path(sys.argv[1]) / "figures.json").write_text(
-        json.dumps(dict(scores=errors[0].item(), gradients=errors[1].item()))
-    )
 fully_shard(sharded := build())
 try:
     InfluenceScorer(sharded, {"code": rows(4, 5)})
@@ -43,6 +39,6 @@ try:
 except ValueError as error:
     refused = str(error)
 if rank == 0:
-    figures |= dict(refused=refused)
+    figures = dict(scores=errors[0].item(), gradients=errors[1].item(), refused=refused)
     (Path(sys.argv[1]) / "figures.json").write_text(json.dumps(figures))
 dist.destroy_process_group()
