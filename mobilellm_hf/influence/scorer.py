@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import pyarrow
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
@@ -136,7 +138,7 @@ class InfluenceScorer:
             refuse_overlap(
                 dataset, self.probes, "Take them out of the probes or of the data, or pass allow_overlap=True."
             )
-        lengths = torch.tensor([len(ids) for ids in dataset.with_format(None)["input_ids"]])
+        lengths = torch.tensor(_row_lengths(dataset))
         order = lengths.argsort(stable=True, descending=True)
         parts = []
         products = GradientProducts(self.model, self.directions, per_token)
@@ -231,12 +233,29 @@ def check_rows(label: str, dataset: Dataset, model: PreTrainedModel | PreTrained
         raise ValueError(f"{label} has the columns {dataset.column_names}, not input_ids: tokenize it first")
     embeddings = None if isinstance(model, PreTrainedConfig) else model.get_input_embeddings()
     vocabulary = model.vocab_size if embeddings is None else embeddings.num_embeddings
-    for row, ids in enumerate(dataset.with_format("numpy", columns=["input_ids"])["input_ids"]):
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+    for start, column in _columns_of_ids(dataset):
+        ids = column.flatten()
+        limits = pc.min_max(ids).as_py()
+        if len(ids) and not 0 <= limits["min"] <= limits["max"] < vocabulary:
+            bad = next(i for i, row in enumerate(column) if any(not 0 <= n < vocabulary for n in row.as_py()))
+            found = next(n for n in column[bad].as_py() if not 0 <= n < vocabulary)
             raise ValueError(
-                f"{label}, row {row}, has the token id {int(ids.max())}, but the model's vocabulary has {vocabulary}: "
+                f"{label}, row {start + bad}, has the token id {found}, but the model's vocabulary has {vocabulary}: "
                 "it was tokenized for another model"
             )
+
+
+def _columns_of_ids(dataset: Dataset) -> Iterator[tuple[int, pyarrow.Array]]:
+    """(first row, `input_ids`) of a thousand rows at a time, as Arrow lists: never as Python objects."""
+    start = 0
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(1_000):
+        for chunk in table["input_ids"].chunks:
+            yield start, chunk
+            start += len(chunk)
+
+
+def _row_lengths(dataset: Dataset) -> list[int]:
+    return [length for _, column in _columns_of_ids(dataset) for length in pc.list_value_length(column).to_pylist()]
 
 
 def _check_parameters(model: PreTrainedModel) -> None:
