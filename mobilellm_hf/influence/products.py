@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mobilellm_hf.influence.inner_products import LowRank, embedding_products, norm_products
 from mobilellm_hf.influence.tapped_layers import Tap, TappedCrossEntropy, TappedLinear, rms_norm_eps
+from mobilellm_hf.modeling import MobileLLMForCausalLM
 from mobilellm_hf.modeling.loss_mobilellm import linear_causal_lm_loss
 
 
@@ -95,8 +96,9 @@ class GradientProducts:
     def __enter__(self) -> "GradientProducts":
         for module, forward in self._patches:
             self._patch(module, "forward", forward)
-        if hasattr(self.model, "fused_loss"):
-            self._patch(self.model, "fused_loss", self._fused_loss(self.model.fused_loss))
+        for module in self.model.modules():  # the model, or what an adapter's wrapper holds
+            if isinstance(module, MobileLLMForCausalLM):
+                self._patch(module, "fused_loss", self._fused_loss(module))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -135,8 +137,8 @@ class GradientProducts:
 
         return lambda inputs: Tap.apply(forward(inputs), inputs, None, products)
 
-    def _fused_loss(self, fused_loss: Callable) -> Callable:
-        weight = self.model.lm_head.weight
+    def _fused_loss(self, model: MobileLLMForCausalLM) -> Callable:
+        fused_loss, weight = model.fused_loss, model.lm_head.weight
 
         def cross_entropy(*arguments):
             return TappedCrossEntropy.apply(*arguments, self, self.direction(weight))

@@ -162,6 +162,10 @@ def test_only_the_adapters_of_a_peft_model_count():
     scorer = InfluenceScorer(model, probe_sets)
     assert scorer.directions and all("lora_" in name for name in scorer.directions)
     assert relative_error(scorer.score(dataset), expected) < 1e-6
+    with scorer.in_training_step() as influence:
+        inputs = {name: dataset.with_format("torch")[name][:] for name in ("input_ids", "labels", "position_ids")}
+        model.train()(**inputs).loss.backward()
+        assert relative_error(influence.take(), expected) < 1e-6
 
 
 def test_excluded_parameters_do_not_count():
