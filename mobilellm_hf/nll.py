@@ -18,8 +18,11 @@ COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask")
 def collate(rows: dict[str, list[torch.Tensor] | torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rows of any lengths as one batch, padded on the right, where causal attention needs no mask.
 
-    Without `labels` every token is predicted that is not masked. A mask that hides nothing is dropped, since with one
-    transformers would not tell packed documents apart by their `position_ids`.
+    Without `labels` every token is predicted that is not masked. A mask that hides nothing but the ends of rows is
+    dropped: causal attention never looks there, and with a mask transformers would not tell packed documents apart.
+
+    Raises:
+        ValueError: packed rows with padding in front or in between.
     """
     batch = {}
     for name, values in rows.items():
@@ -31,8 +34,13 @@ def collate(rows: dict[str, list[torch.Tensor] | torch.Tensor]) -> dict[str, tor
         hidden = past_end | (batch["attention_mask"] == 0) if "attention_mask" in batch else past_end
         hidden[:, 1:] |= hidden[:, :-1].clone()  # nor is anything predicted from padding
         batch["labels"] = batch["input_ids"].masked_fill(hidden, IGNORED_LABEL)
-    if "attention_mask" in rows and all(bool(mask.all()) for mask in rows["attention_mask"]):
-        del batch["attention_mask"]
+    if "attention_mask" in batch:
+        padded_in_front = bool((batch["attention_mask"].diff(dim=1) > 0).any())
+        positions = batch.get("position_ids")
+        if padded_in_front and positions is not None and bool((positions[:, 1:] == 0).any()):
+            raise ValueError("packed rows (position_ids that start again) cannot be padded in front: pad their ends")
+        if not padded_in_front:
+            del batch["attention_mask"]
     return batch
 
 
@@ -52,11 +60,9 @@ def evaluation_batches(
         dataset: rows with `input_ids`, and `labels`, `position_ids` (packed rows) and `attention_mask` if there are
             any; rows may differ in length.
 
-    Raises:
-        ValueError: after the last batch, if no token was predicted.
     """
     columns = [name for name in COLUMNS if name in dataset.column_names]
-    was_training, tokens = model.training, 0
+    was_training = model.training
     model.eval()
     for module in model.modules():
         # Layers check their own mode; what is random in them (dropout) belongs to their submodules.
@@ -65,12 +71,14 @@ def evaluation_batches(
     try:
         for rows in dataset.select_columns(columns).with_format("torch", device=model.device).iter(batch_size):
             batch = collate(rows)
-            predicted = int(predicted_tokens(batch).sum())
-            tokens += predicted
-            yield batch, predicted
+            yield batch, int(predicted_tokens(batch).sum())
     finally:
         model.train(was_training)
-    if tokens == 0:
+
+
+def check_predicted(count: int) -> None:
+    """Raises a ValueError if a whole data set predicted nothing."""
+    if count == 0:
         raise ValueError("the data set has no predicted token: every label is -100 or every row has one token")
 
 
@@ -105,4 +113,5 @@ def mean_nll(model: PreTrainedModel, dataset: Dataset, batch_size: int = 16) -> 
     for batch, predicted in evaluation_batches(model, dataset, batch_size):
         total += summed_nll(model, batch).item()
         tokens += predicted
+    check_predicted(tokens)
     return total / tokens

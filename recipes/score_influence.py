@@ -17,10 +17,11 @@ results. What a killed run has scored stays; the same command goes on. The outpu
 """
 
 import dataclasses
-import shutil
+import re
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,12 +42,13 @@ from mobilellm_hf.influence import Curvature, InfluenceScorer, rank_agreement
 from mobilellm_hf.influence.directions import build_directions, make_curvature
 from mobilellm_hf.influence.overlap import find_overlap, refuse_overlap
 from mobilellm_hf.influence.plots import plot_histograms, plot_influence
-from mobilellm_hf.influence.report import examples, influence_table, mixture_document, summarize
+from mobilellm_hf.influence.report import SourceInfluence, examples, influence_table, mixture_document, summarize
 from mobilellm_hf.influence.scorer import check_rows, low_rank_directions
 from mobilellm_hf.influence.scoring import (
     ScoringCheckpoint,
     combine,
     fingerprint,
+    missing_shards,
     read_checkpoints,
     read_shards,
     score_shards,
@@ -89,7 +91,8 @@ class ScoreInfluenceArguments:
         default="embedding_and_final", metadata={"help": "the paper's layers, or all"}
     )
     exclude: list[str] | None = field(
-        default=None, metadata={"help": "patterns of parameter names that do not count, such as 'lm_head.*'"}
+        default=None,
+        metadata={"help": "patterns of names of parameters that do not count: 'model.embed_tokens.*'"},
     )
     rank: int | None = field(
         default=None,
@@ -108,12 +111,25 @@ class ScoreInfluenceArguments:
 
 def check(args: ScoreInfluenceArguments) -> list[ScoringCheckpoint]:
     """Everything that can be refused before a model is loaded."""
-    if not args.probes:
-        raise ValueError("probes is empty: write capability -> list of sources")
+    if not args.probes or not isinstance(args.probes, dict):
+        raise ValueError(f"probes is {args.probes!r}: write capability -> list of sources")
+    for capability in args.probes:
+        if capability in ("row", "source", "tokens", "joint") or not re.fullmatch(r"[\w.-]+", str(capability)):
+            raise ValueError(f"probes: {capability!r} cannot be a capability's name: it names a file and a column")
+    if not 0 <= args.floor < 1:
+        raise ValueError(f"floor={args.floor} must be a share, 0 or more and less than 1")
     check_entries("sources", args.sources)
     for capability, entries in args.probes.items():
         check_entries(f"probes.{capability}", entries)
-    for name in ("seq_length", "rows_per_source", "rows_per_probe", "curvature_rows", "batch_size", "rows_per_shard"):
+    for name in (
+        "seq_length",
+        "rows_per_source",
+        "rows_per_probe",
+        "curvature_rows",
+        "batch_size",
+        "rows_per_shard",
+        "rank",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be positive")
@@ -183,8 +199,10 @@ def score_checkpoint(
     """The table of one checkpoint's scores, of all shards of all processes."""
     state, folder = PartialState(), workspace.folder / "scores" / checkpoint.label
     scratch = workspace.folder / "directions" / checkpoint.label
-    done = folder / "complete"
-    if not done.exists():
+    missing = missing_shards(folder, len(rows), args.rows_per_shard)
+    stage.advance(len(rows) - args.rows_per_shard * len(missing))
+    state.wait_for_everyone()  # before anybody writes a shard that another has not looked for yet
+    if missing:
         model = load_model(checkpoint, args)
 
         def curvature() -> Curvature:
@@ -196,22 +214,24 @@ def score_checkpoint(
         directions = build_directions(scratch, model, own, curvature, args.exclude or (), args.batch_size)
         stage.say("")
 
-        def scorer() -> InfluenceScorer:
-            approximate = low_rank_directions(directions, args.rank) if args.rank else directions
-            return InfluenceScorer.from_directions(model, approximate, checkpoint.capabilities)
-
-        if args.rank and state.is_main_process:
-            exact = InfluenceScorer.from_directions(model, directions, checkpoint.capabilities)
-            stage.say(compare_rank(scorer(), exact, rows, args))
+        scorer = exact = InfluenceScorer.from_directions(model, directions, checkpoint.capabilities)
+        if args.rank:
+            approximate = low_rank_directions(directions, args.rank)
+            scorer = InfluenceScorer.from_directions(model, approximate, checkpoint.capabilities)
+            if state.is_main_process:
+                agreement = compare_rank(scorer, exact, rows, args)
+                (scratch / "agreement.txt").write_text(agreement)
+                stage.say(agreement)
+        own = missing[state.process_index :: state.num_processes]
         score_shards(
-            scorer, rows, folder, args.rows_per_shard, args.batch_size, state.process_index, state.num_processes,
+            scorer, rows, folder, own, args.rows_per_shard, args.batch_size,
             lambda count: stage.advance(count * state.num_processes),
         )  # fmt: skip
         state.wait_for_everyone()
     if state.is_main_process:
         table = read_shards(folder, len(rows), args.rows_per_shard)
-        done.touch()
-        shutil.rmtree(scratch, ignore_errors=True)
+        for file in scratch.glob("*.safetensors"):  # of use only while scoring, and large
+            file.unlink()
     state.wait_for_everyone()
     return table if state.is_main_process else None
 
@@ -231,9 +251,11 @@ def compare_rank(approximate: InfluenceScorer, exact: InfluenceScorer, rows: Dat
 
 def write_results(
     workspace: Workspace, tables: dict, rows: Dataset, tokenizer, args, settings: dict[str, Any]
-) -> tuple[list, list[str]]:
+) -> list[SourceInfluence]:
     """The files of the output folder that a person looks at; returns the summary by source."""
     names, folder = list(args.probes), workspace.folder
+    for name in ("mixture.yaml", "heat_map.png", "histograms.png"):  # of an earlier floor, should this one fail
+        (folder / name).unlink(missing_ok=True)
     scores = combine(tables, names)
     first = next(iter(tables.values()))
     tokens, sources = torch.from_numpy(first["tokens"].to_numpy().copy()), first["source"].to_pylist()
@@ -241,14 +263,14 @@ def write_results(
     columns |= {name: scores[:, number].numpy() for number, name in enumerate(names)}
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "influence.parquet")
     (folder / "samples.md").write_text(examples(scores, rows, names, tokenizer, args.samples_shown))
-    plot_histograms(histogram_groups(tables, names), names, folder / "histograms.png")
     summary = summarize(scores, tokens, sources, names, args.mixture_capabilities, args.floor)
     document = mixture_document(summary, settings)
     (folder / "mixture.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     matrix = torch.tensor([[line.influence[name] for name in names] for line in summary])
     weights = document["weights"]
     plot_influence(matrix, list(weights), names, weights, folder / "heat_map.png")
-    return summary, names
+    plot_histograms(histogram_groups(tables, names), names, folder / "histograms.png")
+    return summary
 
 
 def histogram_groups(tables: dict[ScoringCheckpoint, pyarrow.Table], names: list[str]) -> dict[str, torch.Tensor]:
@@ -282,11 +304,15 @@ def run(args: ScoreInfluenceArguments, checkpoints: list[ScoringCheckpoint], con
                 tables[checkpoint] = score_checkpoint(workspace, checkpoint, rows, probes, args, stage)
         if not state.is_main_process:
             return
+        names = list(args.probes)
         with progress.stage("results"):
             data = {"rows_sha256": fingerprint(rows)}
             data |= {f"probe_{name}_sha256": fingerprint(probe) for name, probe in probes.items()}
-            record = settings | data | {"steps": {c.label: c.step for c in checkpoints}}
-            summary, names = write_results(workspace, tables, rows, tokenizer, args, record)
+            choice = {"floor": args.floor, "mixture_capabilities": args.mixture_capabilities or names}
+            record = settings | choice | data | {"steps": {c.label: c.step for c in checkpoints}}
+            for file in sorted(workspace.folder.glob("directions/*/agreement.txt")):
+                record |= {f"rank_agreement_{file.parent.name}": file.read_text()}
+            summary = write_results(workspace, tables, rows, tokenizer, args, record)
     console.print(influence_table(summary, names))
     if none := [line.source for line in summary if line.joint <= 0]:
         share = f"get the floor, {args.floor:.1%} each" if args.floor else "get nothing of the mixture"
@@ -301,7 +327,9 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     # Without cpu=True, processes that torchrun starts on a machine without a GPU would not know of each other.
-    main_process = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
+    # They wait for each other as long as the slowest one's shards, or the fit of a curvature, may take.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    main_process = state.is_main_process
     console = Console(quiet=not main_process)
     checked = False
     try:

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
-from mobilellm_hf.nll import evaluation_batches, mean_nll
+from mobilellm_hf.nll import collate, evaluation_batches, mean_nll
 
 
 def build() -> MobileLLMForCausalLM:
@@ -50,3 +50,15 @@ def test_the_mode_comes_back_even_when_a_batch_fails():
             assert not model.training and predicted == 2 * 10
             raise RuntimeError("cut off")
     assert model.training
+
+
+def test_masks_of_row_ends_are_dropped_and_packed_rows_cannot_be_padded_in_front():
+    ids = torch.arange(3, 9).repeat(2, 1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    end, front = torch.tensor([[1] * 6, [1] * 4 + [0] * 2]), torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    batch = collate({"input_ids": ids, "position_ids": positions, "attention_mask": end})
+    assert "attention_mask" not in batch and batch["labels"].tolist()[1] == [3, 4, 5, 6, -100, -100]
+    batch = collate({"input_ids": ids, "attention_mask": front})
+    assert torch.equal(batch["attention_mask"], front) and batch["labels"].tolist()[1] == [-100, -100, -100, 6, 7, 8]
+    with pytest.raises(ValueError, match="cannot be padded in front"):
+        collate({"input_ids": ids, "position_ids": positions, "attention_mask": front})

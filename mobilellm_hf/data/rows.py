@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
 from mobilellm_hf.data.packing import tokenize_and_pack
+from mobilellm_hf.nll import COLUMNS
 
 CORPUS_KEYS = tuple(inspect.signature(load_corpus).parameters)
 ROW_KEYS = ("rows", "split", "sources")
@@ -44,7 +45,7 @@ def load_rows(
     rows_per_source: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Rows with `input_ids`, `labels`, `position_ids` and `source`, all entries one after the other.
+    """Rows with `input_ids`, `labels`, `source` (and `position_ids`, `attention_mask` if any), entry after entry.
 
     Args:
         entries: as above; saved rows need no tokenizer.
@@ -61,7 +62,7 @@ def load_rows(
                 raise ValueError(f"{entry['name']} is text: name the tokenizer that reads it")
             documents = load_corpus(**entry)
             parts[number], _ = tokenize_and_pack(documents, tokenizer, seq_length, config=config)
-    columns = [name for name in ("input_ids", "labels", "position_ids", "source") if _in_all(name, parts)]
+    columns = [name for name in (*COLUMNS, "source") if _in_all(name, parts)]
     # Saved rows may say less about their types than packed ones do.
     numbers = {name: List(Value("int32")) for name in columns if name != "source"}
     features = Features({**numbers, "source": Value("string")})

@@ -156,8 +156,8 @@ class DataInfCurvature:
         for name, direction in directions.items():
             norm = torch.stack(norms[name])
             damping = self.damping * norm.mean() / direction[0].numel()
-            if not damping > 0:
-                raise ValueError(f"the gradients of {name} are zero on every row that DataInf is fitted on")
+            if not (damping > 0 and damping.isfinite()):
+                raise ValueError(f"the gradients of {name} are zero, or not finite, on the rows DataInf is fitted on")
             factors[name] = torch.stack(products[name]) / (damping + norm)[:, None] / (count * damping)  # (n, C)
             result[name] = direction / damping.to(direction.dtype)
         for row, gradient in enumerate(self._gradients(directions)):

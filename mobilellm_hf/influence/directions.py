@@ -69,7 +69,8 @@ def build_directions(
         ValueError: a probe's gradient is not finite or a pattern of `exclude` matches nothing.
     """
     state = PartialState()
-    files = [folder / f"gradient-{number}.safetensors" for number in range(len(probes))]
+    files = [folder / f"gradient-{name}.safetensors" for name in probes]
+    together = folder / f"directions-{'-'.join(probes)}.safetensors"
     for number, (name, probe) in enumerate(probes.items()):
         if number % state.num_processes == state.process_index:
             _once(files[number], lambda name=name, probe=probe: _gradient(model, name, probe, batch_size, on_batch))
@@ -82,9 +83,9 @@ def build_directions(
         return curvature().precondition(stacked)
 
     if state.is_main_process:
-        _once(folder / "directions.safetensors", precondition)
+        _once(together, precondition)
     state.wait_for_everyone()
-    return {name: value.to(model.device) for name, value in load_file(folder / "directions.safetensors").items()}
+    return {name: value.to(model.device) for name, value in load_file(together).items()}
 
 
 def _gradient(model, name: str, probe: Dataset, batch_size: int, on_batch) -> dict[str, torch.Tensor]:

@@ -39,9 +39,11 @@ class EKFACCurvature:
     def precondition(self, directions: Directions) -> Directions:
         result = {}
         for module, eigenvalues in self._factors["lambda_matrix"].items():
-            value = directions.get(f"{module}.weight")
+            value, bias = directions.get(f"{module}.weight"), directions.get(f"{module}.bias")
             if value is None:
                 continue
+            if bias is not None:  # a bias is one more column of its weight, whose input is 1
+                value = torch.cat((value, bias[..., None]), -1)
             inputs, outputs, eigenvalues = (
                 factor.to(value.device, value.dtype)
                 for factor in (
@@ -52,7 +54,10 @@ class EKFACCurvature:
             )
             damping = 0.1 * eigenvalues.mean() if self.damping is None else self.damping
             rotated = outputs.mT @ value @ inputs / (eigenvalues + damping)
-            result[f"{module}.weight"] = outputs @ rotated @ inputs.mT
+            value = outputs @ rotated @ inputs.mT
+            if bias is not None:
+                result[f"{module}.bias"], value = value[..., -1].contiguous(), value[..., :-1].contiguous()
+            result[f"{module}.weight"] = value
         return result
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from mobilellm_hf.influence.products import GradientProducts
+from mobilellm_hf.influence.products import GradientProducts, flag_not_finite
 from mobilellm_hf.nll import IGNORED_LABEL
 
 
@@ -32,8 +32,10 @@ class FusedInfluence(GradientProducts):
 
         @functools.wraps(forward)  # the Trainer drops columns that are not in its signature
         def recorded(*args, **kwargs):
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or not self._restore:  # evaluation; or the context was left meanwhile
                 return forward(*args, **kwargs)
+            if self._batches and self._batches[-1]["scale"] is None:
+                raise RuntimeError("influence needs the backward pass of a batch before the forward pass of the next")
             labels = kwargs.get("labels")
             if labels is None:
                 raise RuntimeError("influence in a training step needs the model's loss: pass `labels` to the model")
@@ -49,7 +51,7 @@ class FusedInfluence(GradientProducts):
             self._batches.append(batch)
             outputs = forward(*args, **kwargs)
             loss = outputs[0] if isinstance(outputs, tuple) else outputs.loss
-            loss.register_hook(lambda gradient: batch.update(scale=gradient.detach()))
+            loss.register_hook(functools.partial(_note_scale, batch))
             return outputs
 
         return recorded
@@ -57,16 +59,25 @@ class FusedInfluence(GradientProducts):
     def take(self) -> torch.Tensor:
         """(samples, C) float64 scores of all micro-batches since the last call, in order; on the model's device.
 
+        A sample whose gradient is not finite scores NaN.
+
         Raises:
             RuntimeError: a micro-batch has had no backward pass, or its loss was not the model's own.
         """
         batches, self._batches = self._batches, []
         if any(batch["scale"] is None for batch in batches):
             raise RuntimeError(
-                "the backward pass did not come through the model's own loss: pass `labels` to the model"
+                "a batch had no backward pass, or none through the model's own loss: pass `labels` to the model, and "
+                "take the scores after `backward`"
             )
         parts = [
             batch["products"] * (batch["items"] / batch["scale"]) / batch["tokens"].clamp(min=1)[:, None]
             for batch in batches
         ]
-        return torch.cat(parts) if parts else torch.empty(0, self._count, dtype=torch.float64)
+        return flag_not_finite(torch.cat(parts)) if parts else torch.empty(0, self._count, dtype=torch.float64)
+
+
+def _note_scale(batch: dict, gradient: torch.Tensor) -> None:
+    if batch["scale"] is not None:
+        raise RuntimeError("influence is taken in one backward pass a batch, and this is the second")
+    batch["scale"] = gradient.detach()

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from mobilellm_hf.nll import evaluation_batches, predicted_tokens, summed_nll
+from mobilellm_hf.nll import check_predicted, evaluation_batches, predicted_tokens, summed_nll
 
 
 @contextmanager
@@ -49,6 +49,8 @@ def mean_gradient(
         ValueError: the data set has no predicted token, or the gradient is not finite (the parameter is named).
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("the model has no trainable parameter: every one is frozen")
     total = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float)) for name, p in parameters.items()
     }
@@ -65,6 +67,7 @@ def mean_gradient(
                 accumulated += gradient
             if on_batch is not None:
                 on_batch(len(batch["labels"]))
+    check_predicted(count)
     for name, value in total.items():
         if not value.isfinite().all():
             raise ValueError(f"the gradient of {name} is not finite; check the model's weights for NaN")

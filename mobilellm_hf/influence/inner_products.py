@@ -31,7 +31,7 @@ class LowRank:
         """The truncated SVD of the C matrices stacked. directions: (C, O, I)."""
         count, outputs, inputs = directions.shape
         # Seeded, since svd_lowrank draws, and the caller's generator is left alone.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(directions.reshape(-1, inputs), q=min(rank + 8, inputs), niter=3)
         left = (u * s)[:, :rank].reshape(count, outputs, -1)

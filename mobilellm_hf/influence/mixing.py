@@ -122,9 +122,13 @@ def keep_mask(scores: torch.Tensor, capabilities: Sequence[str], rule: str = "me
         ValueError: the rule is none of these.
     """
     if rule == "any":
-        return (scores > 0).any(-1)
+        return ((scores > 0) & scores.isfinite()).any(-1)
     if rule == "mean":
-        return joint_influence(scores, capabilities) > 0
+        return _positive(joint_influence(scores, capabilities))
     if rule not in capabilities:
         raise ValueError(f"rule={rule!r} must be 'mean', 'any' or one of {', '.join(capabilities)}")
-    return joint_influence(scores, capabilities, [rule]) > 0
+    return _positive(joint_influence(scores, capabilities, [rule]))
+
+
+def _positive(influence: torch.Tensor) -> torch.Tensor:
+    return (influence > 0) & influence.isfinite()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -67,9 +68,10 @@ def plot_histograms(scores: Mapping[str, torch.Tensor], capabilities: Sequence[s
     for column, (panel, capability) in enumerate(zip(panels, capabilities, strict=True)):
         values = {label: part[:, column][part[:, column].isfinite()].numpy() for label, part in scores.items()}
         values = {label: part for label, part in values.items() if len(part)}
-        everything = torch.cat([torch.as_tensor(part) for part in values.values()])
+        if not values:
+            continue
         # Without the outermost percent, which would make a line of all the rest.
-        low, high = everything.quantile(torch.tensor([0.005, 0.995], dtype=everything.dtype)).tolist()
+        low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
         for number, (label, part) in enumerate(values.items()):
             rejected = f" ({(part <= 0).mean():.0%} not positive)"
             panel.hist(

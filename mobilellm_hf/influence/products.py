@@ -52,10 +52,15 @@ class GradientProducts:
         self.model, self.directions = model, directions
         self.per_token, self.parameter_gradients = per_token, parameter_gradients
         self.products: torch.Tensor | None = None
-        self.anchor = None if parameter_gradients else torch.zeros((), requires_grad=True)
+        if not directions:
+            raise ValueError("no parameter counts: the curvature or `exclude` left none")
+        device = next(model.parameters()).device
+        self.anchor = None if parameter_gradients else torch.zeros((), requires_grad=True, device=device)
+        if vars(model).get("_influence_products") is not None:
+            raise RuntimeError("this model is in a training step that takes influence: leave that context first")
         self.shape = (0, 0)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._restore: list[tuple[object, str, object]] = []
+        self._restore: list[tuple[object, str, object, object]] = []
         first = next(iter(directions.values()))
         self._count = len(first.left if isinstance(first, LowRank) else first)
         self._patches = self._plan()
@@ -73,27 +78,31 @@ class GradientProducts:
         """What runs in the place of which module's forward."""
         plan, owned = [], set()
         for path, module in self.model.named_modules():
-            names = [self._names.get(id(p)) for p in module._parameters.values() if p is not None]
-            counted = [name for name in names if name in self.directions]
+            own = {key: self._names.get(id(p)) for key, p in module._parameters.items() if p is not None}
+            counted = [name for name in own.values() if name in self.directions]
             owned.update(counted)
-            if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+            plain = "forward" not in vars(module) and set(own) <= {"weight", "bias"}
+            if plain and isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
                 if counted and (module.max_norm is not None or module.scale_grad_by_freq):
                     raise UnsupportedModuleError(f"{path}: an Embedding with max_norm or scale_grad_by_freq")
                 plan.append((module, self._embedding(path, module)))
-            elif counted and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            elif plain and counted and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                 plan.append((module, self._linear(path, module)))
-            elif counted and (eps := rms_norm_eps(module)) is not None:
+            elif plain and counted and (eps := rms_norm_eps(module)) is not None:
                 plan.append((module, self._norm(path, module, eps)))
             elif counted:
                 raise UnsupportedModuleError(
                     f"{path} is a {type(module).__name__}, whose gradient products are not known to be exact (Linear, "
                     f"Embedding and RMSNorm are): leave its parameters out with exclude={counted}"
                 )
+            elif module is self.model.get_input_embeddings():  # of another kind, and excluded: an anchor all the same
+                plan.append((module, self._anchored(module)))
         if unknown := set(self.directions) - owned:
             raise ValueError(f"the model has no parameter {sorted(unknown)[0]!r}")
         return plan
 
     def __enter__(self) -> "GradientProducts":
+        self._patch(self.model, "_influence_products", self)
         for module, forward in self._patches:
             self._patch(module, "forward", forward)
         for module in self.model.modules():  # the model, or what an adapter's wrapper holds
@@ -103,15 +112,17 @@ class GradientProducts:
 
     def __exit__(self, *exception) -> None:
         while self._restore:
-            target, name, former = self._restore.pop()
+            target, name, former, value = self._restore.pop()
+            if vars(target).get(name) is not value:
+                continue  # somebody has wrapped it since, and keeps a function that does nothing more
             if former is None:
-                delattr(target, name)
+                object.__delattr__(target, name)
             else:
-                setattr(target, name, former)
+                object.__setattr__(target, name, former)
 
     def _patch(self, target: object, name: str, value: object) -> None:
-        self._restore.append((target, name, vars(target).get(name)))
-        setattr(target, name, value)
+        self._restore.append((target, name, vars(target).get(name), value))
+        object.__setattr__(target, name, value)
 
     def _linear(self, path: str, module: nn.Linear) -> Callable:
         directions = self.direction(module.weight), self.direction(module.bias)
@@ -127,6 +138,10 @@ class GradientProducts:
                 self.add(embedding_products(direction, ids, output_grad, module.padding_idx, self.per_token))
 
         return lambda ids: Tap.apply(forward(ids), ids, self.anchor, products)
+
+    def _anchored(self, module: nn.Module) -> Callable:
+        forward = module.forward
+        return lambda ids, *args: Tap.apply(forward(ids, *args), ids, self.anchor, lambda *_: None)
 
     def _norm(self, path: str, module: nn.Module, eps: float) -> Callable:
         forward, direction = module.forward, self.direction(module.weight)
@@ -166,3 +181,9 @@ class GradientProducts:
         if self.per_token and products.shape[1] != self.products.shape[1]:  # several heads at a position
             products = products.unflatten(1, (self.products.shape[1], -1)).sum(2)
         self.products += products
+
+
+def flag_not_finite(scores: torch.Tensor) -> torch.Tensor:
+    """NaN in every place of a sample's (dimension 0) that has a score which is not finite."""
+    bad = ~scores.flatten(1).isfinite().all(1)
+    return scores.masked_fill(bad.view(-1, *[1] * (scores.dim() - 1)), torch.nan)

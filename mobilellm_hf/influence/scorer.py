@@ -27,7 +27,7 @@ from mobilellm_hf.influence.fused import FusedInfluence
 from mobilellm_hf.influence.gradients import exact_attention, mean_gradient
 from mobilellm_hf.influence.inner_products import LowRank
 from mobilellm_hf.influence.overlap import refuse_overlap
-from mobilellm_hf.influence.products import GradientProducts
+from mobilellm_hf.influence.products import GradientProducts, flag_not_finite
 from mobilellm_hf.nll import evaluation_batches, predicted_tokens, summed_nll
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class InfluenceScorer:
         model: a causal LM of Linear, Embedding and RMSNorm modules; adapters (LoRA) on a frozen base count alone.
         probes: capability -> tokenized rows (`input_ids`, and `labels`, `position_ids`, `attention_mask` if any).
         curvature: "identity", or a `Curvature` made from a checkpoint or from data (see `influence.curvature`).
-        exclude: patterns of parameter names that do not count, such as "lm_head.*".
+        exclude: patterns of parameter names that do not count, such as "model.embed_tokens.*".
         rank: approximate every matrix of the directions by one of this rank. Takes a third of the cost away;
             `rank_agreement` tells what it does to the scores.
         batch_size: rows of a batch when the probes' gradients are taken.
@@ -110,6 +110,7 @@ class InfluenceScorer:
         *,
         per_token: bool = False,
         allow_overlap: bool = False,
+        first_row: int = 0,
         on_batch: Callable[[int], None] | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """The influence of every row on every probe.
@@ -123,6 +124,7 @@ class InfluenceScorer:
                 more product of every layer per probe.
             allow_overlap: score rows that share documents with a probe, which is an error otherwise: they would be
                 found helpful for being the probe.
+            first_row: the number of the data set's first row, where it is a part of another, for warnings.
             on_batch: called with the number of rows of each batch when it is done (progress bars).
 
         Returns:
@@ -147,13 +149,13 @@ class InfluenceScorer:
                 parts.append(_batch_scores(self.model, products, batch))
                 if on_batch is not None:
                     on_batch(len(parts[-1]))
-        if per_token:
-            rows = [row for part in parts for row in part]
-            return [rows[i][:length] for i, length in zip(order.argsort().tolist(), lengths.tolist(), strict=True)]
-        scores = torch.cat(parts)[order.argsort()]
-        if bad := (~scores.isfinite().all(1)).nonzero().flatten().tolist():
+        rows = [row for part in parts for row in part]
+        rows = [rows[place] for place in order.argsort().tolist()]
+        if bad := [first_row + number for number, row in enumerate(rows) if row.isnan().any()]:
             logger.warning("the gradient of row(s) %s is not finite: scored NaN", _some(bad))
-        return scores
+        if per_token:
+            return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+        return torch.stack(rows)
 
     @contextmanager
     def in_training_step(self) -> Iterator[FusedInfluence]:
@@ -175,8 +177,13 @@ def _batch_scores(model: PreTrainedModel, products: GradientProducts, batch: dic
     """(B, C), or (B, S, C), on the CPU."""
     products.begin(*batch["labels"].shape)
     try:
-        torch.autograd.grad(summed_nll(model, batch), products.anchor, allow_unused=True)
+        torch.autograd.grad(summed_nll(model, batch), products.anchor)
     except RuntimeError as error:
+        if "not have been used in the graph" in str(error):
+            raise RuntimeError(
+                "the loss does not depend on the model's input embeddings as `get_input_embeddings` has them: this "
+                "model cannot be scored"
+            ) from error
         if "checkpoint" in str(error).lower():
             raise RuntimeError(
                 "reentrant gradient checkpointing allows no partial backward pass: call "
@@ -184,11 +191,11 @@ def _batch_scores(model: PreTrainedModel, products: GradientProducts, batch: dic
             ) from error
         raise
     tokens = predicted_tokens(batch).clamp(min=1).to(products.products.device)
-    return (products.products / tokens.view(-1, *[1] * (products.products.dim() - 1))).cpu()
+    return flag_not_finite(products.products / tokens.view(-1, *[1] * (products.products.dim() - 1))).cpu()
 
 
 def low_rank_directions(directions: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor | LowRank]:
-    """Every Linear-shaped direction as `LowRank` where that saves work; the embedding's too, if it is the head's.
+    """Every matrix among the directions as `LowRank`, where that saves work.
 
     Raises:
         ValueError: the rank is not positive.

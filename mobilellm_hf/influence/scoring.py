@@ -20,7 +20,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig
 
+from mobilellm_hf.influence.mixing import average_checkpoints
 from mobilellm_hf.influence.scorer import InfluenceScorer
+from mobilellm_hf.nll import COLUMNS, IGNORED_LABEL
 
 # What may differ between the configurations of checkpoints of one training run.
 INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map")
@@ -40,7 +42,7 @@ class ScoringCheckpoint:
         return AutoConfig.from_pretrained(self.name, revision=self.revision)
 
     def digest(self) -> str:
-        """What identifies the weights: SHA-256 of a local folder's, else the commit on the Hub."""
+        """What identifies the model: SHA-256 of a local folder's configuration and weights, else its Hub commit."""
         folder = Path(self.name)
         if not folder.is_dir():
             return self.load_config()._commit_hash
@@ -48,7 +50,7 @@ class ScoringCheckpoint:
         if not files:
             raise ValueError(f"{folder} has no weights (*.safetensors)")
         digest = hashlib.sha256()
-        for file in files:
+        for file in (folder / "config.json", *files):
             with file.open("rb") as stream:
                 while chunk := stream.read(2**22):
                     digest.update(chunk)
@@ -77,12 +79,18 @@ def read_checkpoints(
         if not isinstance(entries, list) or not entries:
             raise ValueError(f"checkpoints must be a list, or capability -> list, not {entries!r}")
         for entry in entries:
-            entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+            entry = {"name": entry} if isinstance(entry, str) else entry
+            if not isinstance(entry, Mapping) or "name" not in entry or set(entry) - {"name", "revision", "step"}:
+                raise ValueError(
+                    f"checkpoints: write a folder, org/name@revision or {{name, revision, step}}: {entry}"
+                )
             name, _, revision = str(entry["name"]).partition("@")
-            step = entry.get("step") or _step(name, alone=len(entries) == 1)
+            step = entry["step"] if "step" in entry else _step(name, alone=len(entries) == 1)
+            if not (isinstance(step, int) and step > 0):
+                raise ValueError(f"checkpoints: the training step of {name} must be a positive number, not {step!r}")
             served = tuple(capabilities) if capability is None else (capability,)
             label = f"{len(found):02d}-{Path(name).name}"
-            found.append(ScoringCheckpoint(name, entry.get("revision") or revision or None, int(step), served, label))
+            found.append(ScoringCheckpoint(name, entry.get("revision") or revision or None, step, served, label))
     _check_architectures(found)
     return found
 
@@ -115,9 +123,9 @@ def _check_architectures(checkpoints: Sequence[ScoringCheckpoint]) -> None:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of the ids and labels of a data set's rows, in order."""
+    """SHA-256 of what a model reads of a data set's rows, in order."""
     digest = hashlib.sha256()
-    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    columns = [name for name in COLUMNS if name in dataset.column_names]
     for batch in dataset.select_columns(columns).with_format("numpy").iter(1_000):
         for name in columns:
             for values in batch[name]:
@@ -129,75 +137,70 @@ def shard_count(rows: int, rows_per_shard: int) -> int:
     return -(-rows // rows_per_shard)
 
 
+def missing_shards(folder: Path, rows: int, rows_per_shard: int) -> list[int]:
+    """The shards that are not on disk, or are damaged there."""
+    missing = []
+    for shard in range(shard_count(rows, rows_per_shard)):
+        try:
+            found = pyarrow.parquet.read_metadata(shard_file(folder, shard)).num_rows
+        except (FileNotFoundError, pyarrow.ArrowInvalid):
+            found = 0
+        if found != min(rows_per_shard, rows - shard * rows_per_shard):
+            missing.append(shard)
+    return missing
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.parquet"
+
+
 def score_shards(
-    scorer: Callable[[], InfluenceScorer],
+    scorer: InfluenceScorer,
     dataset: Dataset,
     folder: Path,
+    shards: Sequence[int],
     rows_per_shard: int,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes this process's shards (every `world_size`th from `rank` on) that are not in `folder` yet.
+    """Scores these shards; each is a file that is whole or absent.
 
     A shard is a parquet file of its rows' `row`, `source`, `tokens` (predicted) and a column for each capability.
-
-    Args:
-        scorer: makes the scorer, and is not called if nothing is missing.
-        on_batch: called with the number of rows done, those of shards found on disk included.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = None
-    for shard in range(rank, shard_count(len(dataset), rows_per_shard), world_size):
-        file = folder / f"shard-{shard:05d}.parquet"
+    for shard in shards:
         start = shard * rows_per_shard
         part = dataset.select(range(start, min(start + rows_per_shard, len(dataset))))
-        if file.exists():
-            if on_batch is not None:
-                on_batch(len(part))
-            continue
-        made = made or scorer()
-        scores = made.score(part, batch_size, allow_overlap=True, on_batch=on_batch)
+        scores = scorer.score(part, batch_size, allow_overlap=True, first_row=start, on_batch=on_batch)
         labels = part.with_format("numpy")["labels"]
         columns: dict[str, Any] = {
             "row": range(start, start + len(part)),
             "source": part["source"][:],
-            "tokens": [int((row[1:] != -100).sum()) for row in labels],
+            "tokens": [int((row[1:] != IGNORED_LABEL).sum()) for row in labels],
         }
-        columns |= {name: scores[:, number].numpy() for number, name in enumerate(made.capabilities)}
-        partial = file.with_suffix(".partial")
+        columns |= {name: scores[:, number].numpy() for number, name in enumerate(scorer.capabilities)}
+        partial = shard_file(folder, shard).with_suffix(".partial")
         pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-        os.replace(partial, file)
+        os.replace(partial, shard_file(folder, shard))
 
 
 def read_shards(folder: Path, rows: int, rows_per_shard: int) -> pyarrow.Table:
     """The table of all shards, in the order of the rows.
 
     Raises:
-        ValueError: a shard is missing or has another number of rows.
+        ValueError: a shard is missing or damaged.
     """
-    tables = []
-    for shard in range(shard_count(rows, rows_per_shard)):
-        file = folder / f"shard-{shard:05d}.parquet"
-        table = pyarrow.parquet.read_table(file) if file.exists() else None
-        expected = min(rows_per_shard, rows - shard * rows_per_shard)
-        if table is None or len(table) != expected:
-            raise ValueError(f"{file} is missing or damaged: delete it, and run again")
-        tables.append(table)
-    return pyarrow.concat_tables(tables)
+    if missing := missing_shards(folder, rows, rows_per_shard):
+        raise ValueError(f"{shard_file(folder, missing[0])} is missing or damaged: run again")
+    shards = range(shard_count(rows, rows_per_shard))
+    return pyarrow.concat_tables([pyarrow.parquet.read_table(shard_file(folder, shard)) for shard in shards])
 
 
 def combine(tables: Mapping[ScoringCheckpoint, pyarrow.Table], capabilities: Sequence[str]) -> torch.Tensor:
     """Equation (4)'s inner sum: (N, C), each capability over its own checkpoints with weights proportional to step."""
     columns = []
     for name in capabilities:
-        serving = {checkpoint: table for checkpoint, table in tables.items() if name in checkpoint.capabilities}
-        total = sum(checkpoint.step for checkpoint in serving)
-        columns.append(
-            sum(
-                torch.from_numpy(table[name].to_numpy().copy()) * (checkpoint.step / total)
-                for checkpoint, table in serving.items()
-            )
-        )
-    return torch.stack(columns, -1)
+        serving = [checkpoint for checkpoint in tables if name in checkpoint.capabilities]
+        scores = torch.stack([torch.from_numpy(tables[checkpoint][name].to_numpy().copy()) for checkpoint in serving])
+        columns.append(average_checkpoints(scores[..., None], [checkpoint.step for checkpoint in serving]))
+    return torch.cat(columns, -1)

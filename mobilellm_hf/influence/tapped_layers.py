@@ -31,8 +31,15 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, output_grad):
-        ctx.on_gradient(ctx.saved_tensors[0], output_grad)
-        return output_grad, None, None, None
+        with exact_products(output_grad):
+            ctx.on_gradient(ctx.saved_tensors[0], output_grad)
+        anchor_grad = output_grad.new_zeros(()) if ctx.needs_input_grad[2] else None
+        return output_grad, None, anchor_grad, None
+
+
+def exact_products(tensor: torch.Tensor) -> torch.autocast:
+    """Outside of a user's autocast, which would take even fp32 products in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class TappedLinear(torch.autograd.Function):
@@ -51,10 +58,17 @@ class TappedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, output_grad):
         inputs, weight, bias = ctx.saved_tensors
-        sink = ctx.sink
-        inputs_grad = weight_grad = bias_grad = None
+        inputs_grad = None
         if ctx.needs_input_grad[0]:
             inputs_grad = (output_grad @ weight.to(output_grad.dtype)).to(inputs.dtype)
+        with exact_products(output_grad):
+            weight_grad, bias_grad = TappedLinear.take_products(ctx, inputs, output_grad, weight, bias)
+        return inputs_grad, weight_grad, bias_grad, None, None, None
+
+    @staticmethod
+    def take_products(ctx, inputs, output_grad, weight, bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Leaves the products with the sink; returns the gradients of weight and bias if it wants them."""
+        sink, weight_grad, bias_grad = ctx.sink, None, None
         samples, gradients = sink.by_sample(ctx.path, inputs), sink.by_sample(ctx.path, output_grad)
         if sink.parameter_gradients and ctx.needs_input_grad[1]:
             weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float))
@@ -67,7 +81,7 @@ class TappedLinear(torch.autograd.Function):
             sink.add(bias_products(bias_direction, gradients, sink.per_token))
         if bias is not None and sink.parameter_gradients and ctx.needs_input_grad[2]:
             bias_grad = gradients.sum((0, 1), dtype=torch.float).to(bias.dtype)
-        return inputs_grad, None if weight_grad is None else weight_grad.to(weight.dtype), bias_grad, None, None, None
+        return None if weight_grad is None else weight_grad.to(weight.dtype), bias_grad
 
 
 class TappedCrossEntropy(torch.autograd.Function):
@@ -104,17 +118,20 @@ class TappedCrossEntropy(torch.autograd.Function):
             total += nll.sum()
             hidden_grad[part] = logits_grad.to(hidden.dtype) @ weight
             hidden, logits_grad = hidden.view(shape), logits_grad.view(shape)
-            if direction is not None:
-                target = products[first:last, start:end] if sink.per_token else products[first:last]
-                target += linear_products(direction, hidden, logits_grad, sink.per_token, weight_grad)
-            elif weight_grad is not None:
-                weight_grad += precise_matmul(logits_grad, hidden)
+            with exact_products(hidden):
+                if direction is not None:
+                    target = products[first:last, start:end] if sink.per_token else products[first:last]
+                    target += linear_products(direction, hidden, logits_grad, sink.per_token, weight_grad)
+                elif weight_grad is not None:
+                    weight_grad += precise_matmul(logits_grad, hidden)
         ctx.save_for_backward(hidden_grad, weight_grad, products)
         ctx.sink = sink
         return total
 
     @staticmethod
     def backward(ctx, total_grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("influence has no second derivative")
         hidden_grad, weight_grad, products = ctx.saved_tensors
         ctx.sink.add(products * total_grad)
         hidden_grad = hidden_grad.mul_(total_grad)
@@ -145,6 +162,8 @@ def rms_norm_eps(module: nn.Module) -> float | None:
     """
     if [name for name, p in module._parameters.items() if p is not None] != ["weight"] or module.weight.dim() != 1:
         return None
+    if not module.weight.requires_grad:
+        raise ValueError("a norm's weight was frozen after the scorer was made: make it anew")
     weight = module.weight
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     eps = torch.finfo(weight.dtype).eps if eps is None else eps

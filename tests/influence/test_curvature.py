@@ -106,6 +106,16 @@ def test_ekfac_is_kronfluences_own_preconditioning(tmp_path):
     assert relative_error(scorer.score(dataset)[:, 0], expected) < 1e-4
 
 
+def test_ekfac_treats_a_bias_as_a_column_of_its_weight():
+    pytest.importorskip("kronfluence")
+    from mobilellm_hf.influence.ekfac import EKFACCurvature
+
+    model, fitted = build("llama with biases"), predicting(rows(20, seed=9))
+    scorer = InfluenceScorer(model, {"code": predicting(rows(4, 5))}, EKFACCurvature(model, fitted))
+    assert len(scorer.directions) == 28 and scorer.directions["model.layers.0.mlp.up_proj.bias"].shape == (1, 48)
+    assert scorer.score(predicting(rows(3, seed=1))).abs().min() > 0
+
+
 def test_ekfac_says_what_to_install(monkeypatch):
     from mobilellm_hf.influence.ekfac import EKFACCurvature
 

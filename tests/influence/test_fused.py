@@ -117,6 +117,59 @@ def test_evaluation_inside_the_context_is_not_recorded_and_a_foreign_loss_is_ref
             model(input_ids=batch(dataset)["input_ids"])
 
 
+def test_what_would_mix_up_batches_is_refused():
+    model, dataset = build().train(), rows(3, seed=1)
+    scorer = InfluenceScorer(model, probes())
+    with scorer.in_training_step() as influence:
+        loss = model(**batch(dataset)).loss
+        with pytest.raises(RuntimeError, match="backward pass of a batch before the forward pass of the next"):
+            model(**batch(dataset))
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="this is the second"):
+            loss.backward()
+        influence.take()
+        for nested in (lambda: InfluenceScorer(model, probes()), lambda: scorer.score(dataset)):
+            with pytest.raises(RuntimeError, match="leave that context first"):
+                nested()
+    assert scorer.score(dataset).isfinite().all()
+
+
+def test_an_infinite_gradient_flags_its_sample_alone():
+    model, dataset = build().train(), rows(4, seed=1)
+    scorer = InfluenceScorer(model, probes())
+    expected = scorer.score(dataset)
+    with scorer.in_training_step() as influence:
+        model(**batch(dataset)).loss.backward()
+        influence._batches[0]["products"][2, 1] = float("inf")
+        scores = influence.take()
+    assert scores[2].isnan().all() and relative_error(scores[[1, 3]], expected[[1, 3]]) < 1e-6
+
+
+def test_mixed_precision_takes_products_in_fp32():
+    """The gradients of autocast's own step, whose bf16 tensors differ from fp32's by a percent or so."""
+    model, dataset = build(hidden_size=64, intermediate_size=128).train(), rows(7, seed=1)
+    scorer = InfluenceScorer(model, probes())
+
+    def step() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch(dataset)).loss
+        loss.backward()
+        return torch.cat([gradient.flatten() for gradient in gradients(model).values()])
+
+    plain = step()
+    with scorer.in_training_step() as influence:
+        tapped = step()
+        scores = influence.take()
+    assert relative_error(tapped, plain) < 5e-3  # autograd rounds each weight's gradient to bf16
+    # The scores are products of the gradients that were formed: their token-weighted sum is that of the batch's.
+    tokens = (batch(dataset)["labels"][:, 1:] != -100).sum(1)
+    directions = torch.cat([value.flatten(1) for value in scorer.directions.values()], 1)
+    order = dict(zip(scorer.directions, scorer.directions.values(), strict=True))
+    assert list(order) == [name for name, _ in model.named_parameters()]
+    expected = directions.double() @ tapped.double() * tokens.sum()
+    assert relative_error((scores * tokens[:, None]).sum(0), expected) < 1e-4
+
+
 def test_two_ddp_processes_get_the_joint_gradients_and_the_scores_of_their_own_samples(tmp_path):
     worker = Path(__file__).with_name("ddp_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -57,6 +57,10 @@ def test_samples_are_kept_by_the_mean_by_any_or_by_one_capability():
     assert keep_mask(SCORES, names, "any").tolist() == [True, True, False, True]
     assert keep_mask(SCORES, names, "code").tolist() == [True, False, False, False]
     assert keep_mask(SCORES, names, "math").tolist() == [False, True, False, True]
+    edges = torch.tensor([[0.0, 0.0], [float("inf"), 1.0], [1.0, float("nan")]])
+    assert keep_mask(edges, names).tolist() == [False, False, False]
+    assert keep_mask(edges, names, "any").tolist() == [False, True, True]
+    assert keep_mask(edges, names, "code").tolist() == [False, False, True]
     with pytest.raises(ValueError, match="rule='maths' must be 'mean', 'any' or one of code, math"):
         keep_mask(SCORES, names, "maths")
 

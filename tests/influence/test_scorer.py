@@ -217,7 +217,7 @@ def test_a_sample_with_an_infinite_gradient_is_flagged_and_spoils_no_other(caplo
     scorer = InfluenceScorer.from_directions(model, scorer.directions, CAPABILITIES)
     with caplog.at_level(logging.WARNING):
         scores = scorer.score(marked, batch_size=6)
-    assert scores[3].isnan().all() or not scores[3].isfinite().all()
+    assert scores[3].isnan().all()
     assert scores[[0, 1, 2, 4, 5]].isfinite().all() and clean.isfinite().all()
     assert "row(s) 3 " in caplog.text
 
@@ -274,3 +274,34 @@ def test_a_module_that_is_not_known_to_be_exact_is_an_error_unless_excluded():
     model.model.layers[1].input_layernorm = torch.nn.LayerNorm(32, bias=False)  # no RMSNorm, whatever its fields
     with pytest.raises(UnsupportedModuleError, match="LayerNorm"):
         InfluenceScorer(model, probes())
+    model = build()
+    up_proj = model.model.layers[1].feed_forward.up_proj
+    forward = up_proj.forward
+    up_proj.forward = lambda inputs: 3 * forward(inputs)  # as wrappers of other libraries do
+    with pytest.raises(UnsupportedModuleError, match="layers.1.feed_forward.up_proj is a Linear"):
+        InfluenceScorer(model, probes())
+
+
+class ScaledEmbedding(torch.nn.Embedding):
+    def forward(self, ids):
+        return 5 * super().forward(ids)
+
+
+def test_an_embedding_of_another_kind_can_be_excluded_and_the_rest_is_exact():
+    model, dataset = build("llama", tie_word_embeddings=False), rows(4, seed=1)
+    model.model.embed_tokens = ScaledEmbedding(64, 32)
+    with pytest.raises(UnsupportedModuleError, match="ScaledEmbedding"):
+        InfluenceScorer(model, probes())
+    scores = InfluenceScorer(model, probes(), exclude=["model.embed_tokens.*"]).score(dataset)
+    model.double()
+    directions = []
+    for probe in probes().values():
+        gradient = probe_gradient(model, probe)
+        directions.append({name: value for name, value in gradient.items() if "embed_tokens" not in name})
+    assert relative_error(scores, brute_force_scores(model, dataset, directions)) < 1e-6
+
+
+def test_rows_that_predict_nothing_score_zero_even_alone():
+    scorer = InfluenceScorer(build(), probes())
+    assert scorer.score(ragged_rows([1], seed=1)).tolist() == [[0.0, 0.0, 0.0]]
+    assert scorer.score(rows(1, seed=1)).tolist() == [[0.0, 0.0, 0.0]]

@@ -9,7 +9,14 @@ from influence_cases import build, relative_error, rows
 
 from mobilellm_hf.influence import InfluenceScorer
 from mobilellm_hf.influence.directions import build_directions, make_curvature
-from mobilellm_hf.influence.scoring import combine, fingerprint, read_checkpoints, read_shards, score_shards
+from mobilellm_hf.influence.scoring import (
+    combine,
+    fingerprint,
+    missing_shards,
+    read_checkpoints,
+    read_shards,
+    score_shards,
+)
 
 PROBES = {"code": rows(3, 5), "math": rows(4, 6)}
 
@@ -49,38 +56,38 @@ def test_bad_checkpoints_are_named(folders):
         ValueError, match="different architectures: num_hidden_layers is 2 in .*checkpoint-10 and 3 in .*deep"
     ):
         read_checkpoints([str(folders / "checkpoint-10"), {"name": str(folders / "deep"), "step": 1}], ["code"])
+    for entry in ({"nmae": "x"}, {"name": str(folders / "deep"), "stepp": 3}, 7):
+        with pytest.raises(ValueError, match="write a folder, org/name@revision or"):
+            read_checkpoints([entry], ["code"])
+    with pytest.raises(ValueError, match="must be a positive number, not -3"):
+        read_checkpoints([{"name": str(folders / "deep"), "step": -3}], ["code"])
     for empty in ([], {"code": []}, {"code": "checkpoint-10"}):
         with pytest.raises(ValueError, match="must be a list"):
             read_checkpoints(empty, ["code"])
 
 
-def test_shards_are_written_once_by_any_number_of_processes(tmp_path):
+def test_shards_are_whole_or_missing_and_any_process_can_write_them(tmp_path):
     model, dataset = build(), rows(11, seed=1)
-    expected = InfluenceScorer(model, PROBES).score(dataset)
-    made = []
-
-    def scorer():
-        made.append(1)
-        return InfluenceScorer(model, PROBES)
-
+    scorer = InfluenceScorer(model, PROBES)
+    expected = scorer.score(dataset)
+    assert missing_shards(tmp_path, 11, 4) == [0, 1, 2]
     for rank in (1, 0):
-        score_shards(scorer, dataset, tmp_path, 4, batch_size=2, rank=rank, world_size=2)
-    assert len(made) == 2 and len(list(tmp_path.iterdir())) == 3
+        score_shards(scorer, dataset, tmp_path, [0, 1, 2][rank::2], 4, batch_size=2)
+    assert len(list(tmp_path.iterdir())) == 3 and missing_shards(tmp_path, 11, 4) == []
     table = read_shards(tmp_path, 11, 4)
     assert table["row"].to_pylist() == list(range(11)) and set(table["source"].to_pylist()) == {"s"}
     assert table["tokens"].to_pylist() == [0] + [11] * 10
     scores = torch.tensor([table["code"].to_pylist(), table["math"].to_pylist()]).T
     assert relative_error(scores, expected) < 1e-6
-    seen = []
-    score_shards(scorer, dataset, tmp_path, 4, batch_size=2, on_batch=seen.append)
-    assert len(made) == 2 and sum(seen) == 11  # nothing was missing, so no scorer was made
     (tmp_path / "shard-00001.parquet").unlink()
+    whole = (tmp_path / "shard-00002.parquet").read_bytes()
+    (tmp_path / "shard-00002.parquet").write_bytes(whole[:-9])
     with pytest.raises(ValueError, match="shard-00001.parquet is missing or damaged"):
         read_shards(tmp_path, 11, 4)
-    before = (tmp_path / "shard-00000.parquet").stat().st_mtime_ns
-    score_shards(scorer, dataset, tmp_path, 4, batch_size=2)
-    assert len(made) == 3 and (tmp_path / "shard-00000.parquet").stat().st_mtime_ns == before
-    assert read_shards(tmp_path, 11, 4).equals(table)
+    assert missing_shards(tmp_path, 11, 4) == [1, 2]
+    seen = []
+    score_shards(scorer, dataset, tmp_path, [1, 2], 4, batch_size=2, on_batch=seen.append)
+    assert sum(seen) == 7 and read_shards(tmp_path, 11, 4).equals(table)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -95,8 +102,8 @@ def test_directions_on_disk_are_the_scorers_own_and_are_not_taken_twice(tmp_path
     )
     assert relative_error(scorer.score(dataset), expected.score(dataset)) < 1e-6
     assert sum(batches) == 7
-    (tmp_path / "directions.safetensors").unlink()
-    (tmp_path / "gradient-1.safetensors").unlink()
+    (tmp_path / "directions-code-math.safetensors").unlink()
+    (tmp_path / "gradient-math.safetensors").unlink()
     again = build_directions(*arguments, exclude=["*norm*"], on_batch=batches.append)
     assert sum(batches) == 7 + 4 and all(torch.equal(again[name], directions[name]) for name in directions)
     with pytest.raises(ValueError, match="curvature='hessian' must be one of identity, adam, datainf, ekfac"):
