@@ -4,7 +4,8 @@ from mobilellm_hf.influence.curvature import AdamCurvature, Curvature, DataInfCu
 from mobilellm_hf.influence.gradients import mean_gradient
 from mobilellm_hf.influence.groups import group_influence
 from mobilellm_hf.influence.mixing import average_checkpoints, group_means, joint_influence, keep_mask, mixture_weights
-from mobilellm_hf.influence.scorer import InfluenceScorer, rank_agreement
+from mobilellm_hf.influence.ranks import rank_agreement
+from mobilellm_hf.influence.scorer import InfluenceScorer
 
 __all__ = [
     "AdamCurvature",

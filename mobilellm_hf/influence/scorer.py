@@ -208,14 +208,6 @@ def low_rank_directions(directions: Mapping[str, torch.Tensor], rank: int) -> di
     }
 
 
-def rank_agreement(approximate: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """(C,) Spearman rank correlation of two (N, C) score tensors, rows with NaN left out."""
-    kept = approximate.isfinite().all(1) & exact.isfinite().all(1)
-    ranks = [scores[kept].double().argsort(0).argsort(0).double() for scores in (approximate, exact)]
-    left, right = (value - value.mean(0) for value in ranks)
-    return (left * right).sum(0) / (left.norm(dim=0) * right.norm(dim=0))
-
-
 def exclude_parameters(names: Iterable[str], exclude: Sequence[str]) -> list[str]:
     """The names that match none of the patterns.
 
