@@ -38,7 +38,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 benchmark: $(VENV)/.installed
-	$(BIN)/python benchmarks/model_speed.py $(ARGS)
+	$(BIN)/python benchmarks/model_speed.py
+	$(BIN)/python benchmarks/influence.py --only exactness,cost,lds,140M
 
 clean:
 	rm -rf $(VENV) build *.egg-info
