@@ -131,11 +131,14 @@ SECTIONS = {"exactness": exactness, "cost": cost, "lds": lds, "140M": true_shape
 
 
 def show(title: str, columns: str, lines: list[list[str]]) -> None:
+    """Columns without an entry are left out."""
     table = Table(title=title, title_justify="left")
+    filled = [any(cells) for cells in zip(*lines, strict=True)]
     for number, column in enumerate(columns.split(" | ")):
-        table.add_column(column, justify="right" if number else "left")
+        if filled[number]:
+            table.add_column(column, justify="right" if number else "left")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(cell for cell, shown in zip(line, filled, strict=True) if shown))
     Console(width=140).print(table)
 
 
@@ -153,13 +156,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only", type=sections, default="exactness,cost,lds", help=f"sections to run, of {', '.join(SECTIONS)}"
     )
-    parser.add_argument("--turns", type=int, default=3, help="counted turns of cost and lds; 140M takes one less")
+    parser.add_argument("--turns", type=int, default=5, help="counted turns of cost, lds and 140M")
     parser.add_argument("--batch", type=int, default=8, help="cost: rows of a batch, for every method")
     parser.add_argument("--rows", type=int, default=16, help="cost: rows that are scored")
     parser.add_argument("--train-steps", type=int, default=40, help="cost: steps that the model is trained beforehand")
     parser.add_argument("--agreement-rows", type=int, default=64, help="cost: rows for the low ranks' correlation")
     parser.add_argument("--subsets", type=int, default=40, help="lds: random halves of the data that are trained on")
     parser.add_argument("--seeds", type=int, default=2, help="lds: trainings on each half")
+    parser.add_argument("--steps", type=int, help="lds: steps of a training; by default 60, or 90 with --data")
     parser.add_argument("--data", type=Path, help="lds: folder of text; without it the text is generated")
     return parser.parse_args()
 

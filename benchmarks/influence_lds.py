@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import measure_in_turns, ratio
+from common import Measurement, measure_in_turns, ratio
 from datasets import Dataset
 from influence_rivals import (
     NOT_BLOCK_LINEAR,
@@ -46,7 +46,7 @@ TRAINING = dict(steps=60, batch_size=32, learning_rate=2e-3)
 BATCH = 32
 RESAMPLES = 1000
 ADAM, IDENTITY, LINEAR = "ours, Adam", "ours, identity", "ours, identity, block Linear only"
-EKFAC = "kronfluence, EK-FAC"
+EKFAC, ADAM_EMBEDDING = "kronfluence, EK-FAC", "ours, Adam, embedding and head only"
 Method = Callable[[], torch.Tensor]
 
 
@@ -116,7 +116,7 @@ def generated_setting(length: int = 64) -> Setting:
     rows = torch.tensor([row(kind, index) for index, kind in enumerate(kinds)])
     probes = {kind: [row(kind, index) for index in range(PROBE_ROWS)] for kind in ("math", "code", "knowledge")}
     probes = {kind: to_dataset(torch.tensor(values)) for kind, values in probes.items()}
-    return Setting("generated text", 128, to_dataset(rows), kinds, probes, TRAINING)
+    return Setting("generated text", 128, to_dataset(rows), kinds, probes, dict(TRAINING))
 
 
 def text_setting(folder: Path, length: int = 64, vocabulary: int = 512) -> Setting:
@@ -211,6 +211,7 @@ def lds_methods(setting: Setting, model: MobileLLMForCausalLM, optimizer) -> dic
         IDENTITY: ours,
         LINEAR: lambda: ours(exclude=NOT_BLOCK_LINEAR),
         ADAM: lambda: ours(adam),
+        ADAM_EMBEDDING: lambda: ours(adam, exclude=["model.layers.*", "model.norm.*"]),
         "ours, Adam, block Linear only": lambda: ours(adam, exclude=NOT_BLOCK_LINEAR),
         "ours, DataInf, embedding and final": lambda: ours(lambda: DataInfCurvature(model, rows)),
         "ours, DataInf, all": lambda: ours(lambda: DataInfCurvature(model, rows, "all")),
@@ -229,6 +230,7 @@ def lds_methods(setting: Setting, model: MobileLLMForCausalLM, optimizer) -> dic
 
 def lds(args: argparse.Namespace) -> Iterator[tuple[str, str, list[list[str]]]]:
     setting = generated_setting() if args.data is None else text_setting(args.data)
+    setting.training["steps"] = args.steps or setting.training["steps"]
     halves = half_subsets(len(setting.rows), args.subsets, seed=0)
     losses = outcomes(setting, halves, args.seeds)
     methods, scores = lds_methods(setting, *setting.trained()), {}
@@ -240,29 +242,42 @@ def lds(args: argparse.Namespace) -> Iterator[tuple[str, str, list[list[str]]]]:
         runs = {name: keeping(name, method) for name, method in methods.items() if callable(method)}
         results = measure_in_turns(runs, args.turns)
     resampled = {name: resampled_lds(found, halves, losses.mean(0)) for name, found in scores.items()}
-    lines = []
-    for name, method in methods.items():
-        if name not in scores:
-            lines.append([name, *[""] * 8, method])
-            continue
-        means, probes = resampled[name].mean(1), " ".join(f"{value:.2f}" for value in resampled[name][0].tolist())
-        seconds = statistics.median(results[name].cpu)
-        figures = [f"{means[0]:.3f}", f"{means[1:].std():.3f}", probes, *quality(setting, scores[name])]
-        lines.append([name, *figures, f"{seconds:.2f}", f"{ratio(results, name, ADAM):.2f}"])
-    columns = f"method | mean LDS | s.e. | {' '.join(setting.probes)} | AUC noise | AUC wrong | rejected"
     title = f"LDS, {setting.label}: {len(setting.rows)} rows, {args.subsets} halves x {args.seeds} seeds"
-    yield title, f"{columns} | CPU s | to Adam's | ", lines
-    yield (
-        "LDS: what is claimed, and what limits it",
-        "figure | found | s.e. | claimed | ",
-        claims(losses, resampled, results),
-    )
+    columns = f"method | mean LDS | s.e. | {' '.join(setting.probes)} | AUC noise | AUC wrong | rejected"
+    lines = [
+        [name, *figures(setting, scores[name], resampled[name], results[name], ratio(results, name, ADAM))]
+        if name in scores
+        else [name, *[""] * 8, method]
+        for name, method in methods.items()
+    ]
+    yield f"{title}, {setting.training['steps']} steps", f"{columns} | CPU s | to Adam's | ", lines
+    yield "LDS: claims and limits", "figure | found | s.e. | claimed | ", claims(losses, resampled, results)
+
+
+def figures(
+    setting: Setting, scores: torch.Tensor, resampled: torch.Tensor, measured: Measurement, to_adam: float
+) -> list[str]:
+    means = resampled.mean(1)
+    probes = " ".join(f"{value:.2f}" for value in resampled[0].tolist())
+    seconds = f"{statistics.median(measured.cpu):.2f}"
+    return [
+        f"{means[0]:.3f}",
+        f"{means[1:].std():.3f}",
+        probes,
+        *quality(setting, scores),
+        seconds,
+        f"{to_adam:.2f}",
+        "",
+    ]
 
 
 def claims(losses: torch.Tensor, resampled: dict, results: dict) -> list[list[str]]:
     """Differences between methods on the same halves, and how well one seed's outcomes rank another's."""
     lines = []
-    for better, worse, claimed in ((ADAM, EKFAC, ">= 0"), (ADAM, IDENTITY, ""), (IDENTITY, LINEAR, "")):
+    pairs = (
+        (ADAM, EKFAC, ">= 0"), (ADAM_EMBEDDING, EKFAC, ""), (ADAM, IDENTITY, ""), (IDENTITY, LINEAR, ""),
+    )  # fmt: skip
+    for better, worse, claimed in pairs:
         if worse in resampled:
             difference = (resampled[better] - resampled[worse]).mean(1)
             found = [f"{difference[0]:+.3f}", f"{difference[1:].std():.3f}", claimed]
@@ -274,5 +289,7 @@ def claims(losses: torch.Tensor, resampled: dict, results: dict) -> list[list[st
         lines.append([f"CPU, {ADAM!r} over {EKFAC!r}", f"{share:.3f}", "", "<= 0.1", verdict])
     for seed in range(1, len(losses)):
         values = spearman(losses[0].mT, losses[seed].mT).tolist()
-        lines.append([f"rank correlation of seeds 0 and {seed}", " ".join(f"{value:.2f}" for value in values)])
+        lines.append(
+            [f"rank correlation of seeds 0 and {seed}", " ".join(f"{value:.2f}" for value in values), *[""] * 3]
+        )
     return lines
