@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from rich import box
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -85,7 +86,8 @@ def mixture_document(summary: Sequence[SourceInfluence], settings: Mapping[str, 
 
 def influence_table(summary: Sequence[SourceInfluence], capabilities: Sequence[str]) -> Table:
     """One line a source; influence as a share of its column's largest, since its scale means nothing by itself."""
-    table = Table(title="Influence of each source, and the mixture (equations 4 to 6)")
+    # Without lines between columns it fits the 80 columns of a log file.
+    table = Table(title="Influence of each source, and the mixture (equations 4 to 6)", box=box.SIMPLE_HEAD)
     table.add_column("source", min_width=max(len(line.source) for line in summary))
     for name in ("rows", *capabilities, "joint", "rows > 0", "weight"):
         table.add_column(name, justify="right")
