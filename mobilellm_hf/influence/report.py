@@ -86,8 +86,9 @@ def mixture_document(summary: Sequence[SourceInfluence], settings: Mapping[str, 
 
 def influence_table(summary: Sequence[SourceInfluence], capabilities: Sequence[str]) -> Table:
     """One line a source; influence as a share of its column's largest, since its scale means nothing by itself."""
-    # Without lines between columns it fits the 80 columns of a log file.
-    table = Table(title="Influence of each source, and the mixture (equations 4 to 6)", box=box.SIMPLE_HEAD)
+    title = "Influence of each source, and the mixture (equations 4 to 6)"
+    # Without lines between columns, and narrow, it fits the 80 columns of a log file.
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("source", min_width=max(len(line.source) for line in summary))
     for name in ("rows", *capabilities, "joint", "rows > 0", "weight"):
         table.add_column(name, justify="right")
