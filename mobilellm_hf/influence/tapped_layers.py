@@ -92,7 +92,7 @@ class TappedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, token_weights, ignore_index, sink, direction):
+    def forward(ctx, hidden_states, weight, labels, token_weights, ignore_index, token_nll, sink, direction):
         samples, positions = sink.shape
         dtype = torch.promote_types(weight.dtype, torch.float)
         device_type, ctx.weight_dtype = hidden_states.device.type, weight.dtype
@@ -116,6 +116,8 @@ class TappedCrossEntropy(torch.autograd.Function):
             hidden = hidden_states[part]
             nll, logits_grad = chunk_loss(buffer[: len(hidden)], hidden, weight, targets[part], factors[part])
             total += nll.sum()
+            if token_nll is not None:
+                token_nll[part] = nll.detach()[:, 0]
             hidden_grad[part] = logits_grad.to(hidden.dtype) @ weight
             hidden, logits_grad = hidden.view(shape), logits_grad.view(shape)
             with exact_products(hidden):
@@ -136,7 +138,7 @@ class TappedCrossEntropy(torch.autograd.Function):
         ctx.sink.add(products * total_grad)
         hidden_grad = hidden_grad.mul_(total_grad)
         weight_grad = None if weight_grad is None else weight_grad.mul_(total_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
 def _chunks(samples: int, positions: int, tokens: int):

@@ -43,12 +43,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The gradients are formed on the way, while a chunk's probabilities are at hand: three matrix products, like the
     unfused loss, at a fraction of its memory. hidden_states: (tokens, hidden); weight: (vocabulary, hidden); labels:
-    (tokens,), `ignore_index` where nothing is predicted; token_weights: (tokens,) or None, a factor for each NLL.
+    (tokens,), `ignore_index` where nothing is predicted; token_weights: (tokens,) or None, a factor for each NLL;
+    token_nll: (tokens,) or None, filled with the terms of the sum.
     Probabilities and sums are fp32, or fp64 for fp64 weights.
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, token_weights, ignore_index):
+    def forward(ctx, hidden_states, weight, labels, token_weights, ignore_index, token_nll=None):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         device_type, ctx.weight_dtype = hidden_states.device.type, weight.dtype
         precise = torch.promote_types(weight.dtype, torch.float)
@@ -69,6 +70,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             hidden = hidden_states[part]
             nll, logits_grad = chunk_loss(buffer[: len(hidden)], hidden, weight, targets[part], factors[part])
             total += nll.sum()
+            if token_nll is not None:
+                token_nll[part] = nll.detach()[:, 0]
             logits_grad = logits_grad.to(hidden.dtype)
             if needs_hidden:
                 hidden_grad[part] = logits_grad @ weight
@@ -87,7 +90,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_grad = None if hidden_grad is None else hidden_grad.mul_(total_grad)
         weight_grad = None if weight_grad is None else weight_grad.mul_(total_grad).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def linear_causal_lm_loss(
@@ -99,12 +102,14 @@ def linear_causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
     cross_entropy: Callable[..., torch.Tensor] = LinearCrossEntropy.apply,
+    token_nll: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """transformers' `ForCausalLMLoss` from hidden states (batch, tokens, hidden) and the head's weight.
 
     labels: (batch, tokens), shifted here unless `shift_labels` is given. token_weights: (batch, tokens), a factor for
     the NLL of each label, shifted with them. cross_entropy: computes the sum in the place of `LinearCrossEntropy`.
+    token_nll: (batch, tokens), filled with the NLL that each position's next token has, times its weight.
     Returns the sum over the predicted tokens divided by `num_items_in_batch`, by default their number; NaN with zero
     gradients if there is none.
     """
@@ -113,7 +118,9 @@ def linear_causal_lm_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.reshape(-1).to(hidden_states.device)
-    total = cross_entropy(hidden_states.flatten(0, -2), weight, shift_labels, token_weights, ignore_index)
+    token_nll = None if token_nll is None else token_nll.view(-1)
+    hidden_states = hidden_states.flatten(0, -2)
+    total = cross_entropy(hidden_states, weight, shift_labels, token_weights, ignore_index, token_nll)
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != ignore_index).sum()
     items = torch.as_tensor(num_items_in_batch, device=total.device)

@@ -251,3 +251,13 @@ def test_a_hook_on_the_head_is_called_in_training_too(make_model, tokens):
     assert seen == [(2, 24, model.config.vocab_size)]
     with pytest.raises(ValueError, match="return_logits=False without labels"):
         model(tokens(), return_logits=False)
+
+
+def test_each_tokens_nll_is_left_where_it_is_asked_for(head, chunk):
+    hidden, weight, labels = head(torch.double)
+    weights, token_nll = torch.rand(BATCH, TOKENS).double(), torch.full((BATCH, TOKENS), torch.nan).double()
+    total = linear_causal_lm_loss(hidden, weight, labels, 1, token_weights=weights, token_nll=token_nll)
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    expected = F.cross_entropy(F.linear(hidden, weight).mT, targets, reduction="none") * weights.roll(-1, 1)
+    torch.testing.assert_close(token_nll, expected.detach())
+    torch.testing.assert_close(total.detach(), token_nll.sum())
