@@ -36,7 +36,7 @@ from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM, __version__
 from mobilellm_hf.data.corpora import load_corpus
 from mobilellm_hf.data.documents import FirstSeen, cut_document
 from mobilellm_hf.data.embedded import SOURCES, load_embedded_corpus
-from mobilellm_hf.data.mixture import draw_rows
+from mobilellm_hf.data.mixture import MixtureDataset
 from mobilellm_hf.data.packing import tokenize_and_pack
 from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.influence import average_checkpoints, group_influence, mixture_weights
@@ -174,7 +174,7 @@ def train(
     name: str,
     settings: Settings,
     config: MobileLLMConfig,
-    rows: Dataset,
+    rows: MixtureDataset,
     stage: Stage,
     steps: int,
     saves: int,
@@ -309,7 +309,8 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
         sources = list(dict.fromkeys(rows["train"]["source"][:]))
         uniform = {source: 1 / len(sources) for source in sources}
         with progress.stage(STAGES[2]) as stage:
-            drawn, _ = draw_rows(rows["train"], uniform, settings.proxy_steps * settings.batch_size, settings.seed + 1)
+            draws = settings.proxy_steps * settings.batch_size
+            drawn = MixtureDataset(rows["train"], uniform, draws, seed=settings.seed + 1)
             train(
                 workspace, "proxy", settings, config, drawn, stage, settings.proxy_steps, settings.checkpoints_scored
             )
@@ -319,7 +320,8 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
         runs, draws = {}, {}
         for name, mix in zip(STAGES[4:6], (weights, uniform), strict=True):
             with progress.stage(name) as stage:
-                drawn, draws[name] = draw_rows(rows["train"], mix, settings.steps * settings.batch_size, settings.seed)
+                drawn = MixtureDataset(rows["train"], mix, settings.steps * settings.batch_size, seed=settings.seed)
+                draws[name] = drawn.report()
                 folder = name.replace(" ", "-")
                 runs[name] = train(
                     workspace, folder, settings, config, drawn, stage, settings.steps, settings.evaluations, tests

@@ -2,6 +2,7 @@
 
     load_corpus(**entry("open_web_math"))                       a source by its name in the catalog
     load_corpus(**entry("cosmopedia", subset="stanford"))       one subset of several; `entries` gives all
+    load_corpus(**entry("arxiv", name="copies/arxiv"))          a local copy
     mixture("pretraining", 2)                                   shares of tokens that sum to 1
     SOURCES["gsm8k"].text_of(row)                               a question set's row as text
     python -m mobilellm_hf.data.catalog                         all of it as tables, with licences
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import inspect
 import io
 import math
 import textwrap
@@ -31,7 +31,6 @@ from mobilellm_hf.data.catalog_sources import (
     TABLE_6,
     CatalogSource,
 )
-from mobilellm_hf.data.corpora import load_corpus
 from mobilellm_hf.data.local_files import CorpusError
 
 __all__ = ["SOURCES", "CatalogSource", "check_printed", "describe", "entries", "entry", "find", "mixture", "printed"]
@@ -63,15 +62,14 @@ def find(name: str) -> CatalogSource:
 def entry(name: str, /, **given: Any) -> dict[str, Any]:
     """The keyword arguments of `load_corpus` for a source of the catalog.
 
-    Sources of half a million rows or more are streamed. Those whose text is composed, or whose files no configuration
-    names, need arguments `text_of` and `data_files`; as long as `load_corpus` takes none, they are refused here.
+    Sources of half a million rows or more are streamed.
 
     Args:
         given: arguments that replace the catalog's, such as `subset`, or as `name` a local copy of the files.
 
     Raises:
-        CorpusError: there is no such source, it has several subsets and none is given, it is chat, or it needs what
-            `load_corpus` does not do. The message says what to do instead.
+        CorpusError: there is no such source, it has several subsets and none is given, it is chat, or its files must
+            be downloaded first. The message says what to do instead.
     """
     spec = find(name)
     if spec.is_chat:
@@ -96,17 +94,19 @@ def entry(name: str, /, **given: Any) -> dict[str, Any]:
         # A trivia question and its answer fall below the usual minimum.
         arguments["min_characters"] = 1
     arguments |= given
-    if lacking := sorted(set(arguments) - set(inspect.signature(load_corpus).parameters)):
-        raise CorpusError(
-            f"{name} needs {' and '.join(lacking)}, which load_corpus does not take. "
-            f"Write the texts of {spec.hub_id} to files with a column 'text', and load those."
-        )
     return arguments
 
 
-def entries(name: str) -> list[dict[str, Any]]:
-    """`entry` for each of the subsets that make up a source. The rows of all carry the same `source`."""
-    return [entry(name, subset=subset) for subset in find(name).subsets]
+def entries(name: str, /, **given: Any) -> list[dict[str, Any]]:
+    """`entry` for each of the subsets that make up a source. The rows of all carry the same `source`.
+
+    Args:
+        given: as for `entry`. A local copy (`name`) and a `subset` are one entry.
+    """
+    subsets = find(name).subsets
+    if "name" in given or "subset" in given or subsets == (None,):
+        return [entry(name, **given)]
+    return [entry(name, subset=subset, **given) for subset in subsets]
 
 
 def printed(stage: str, phase: int | str) -> dict[str, float]:

@@ -3,6 +3,8 @@
     load_corpus("embedded")                                     every source of the embedded corpus
     load_corpus("embedded:stdlib,sympy_docs", split="probe")    two of them, another split
     load_corpus("HuggingFaceTB/finemath", subset="finemath-4plus", domain="math", streaming=True)
+    load_corpus("allenai/peS2o", data_files=["data/v2/train-*.json.gz"], streaming=True)
+    load_corpus("openai/gsm8k", subset="main", text_of=question_and_answer)     a function of a row
     load_corpus("notes/**/*.jsonl", text_column="body", domain="knowledge")
     load_corpus("out/curated")                                  a folder written by `Dataset.save_to_disk`
 
@@ -15,13 +17,23 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from mobilellm_hf.data.documents import MIN_CHARACTERS, drop_empty_and_repeated, is_long_enough, split_by_hash
-from mobilellm_hf.data.local_files import CorpusError, check_file, find_files, looks_local, missing_column
+from mobilellm_hf.data.local_files import (
+    CorpusError,
+    check_file,
+    find_files,
+    loader_of,
+    looks_local,
+    missing_column,
+    parquet_schema,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
@@ -33,18 +45,39 @@ logger = logging.getLogger(__name__)
 STRINGS = ("string", "large_string", "str")
 UNKNOWN_DOMAIN = "unknown"
 
+TextOf = Callable[[Mapping[str, Any]], str | None]
+# The column of the text, and what composes it instead.
+Text = tuple[str, TextOf | None]
+
 
 class _Columns:
     """Makes the three columns of a corpus; a class, so that it pickles and `datasets` can cache by its fields."""
 
-    def __init__(self, text_column: str, fixed: dict[str, str | None]):
+    def __init__(self, name: str, text_column: str, text_of: TextOf | None, fixed: dict[str, str | None]):
+        self.name = name
         self.text_column = text_column
+        self.text_of = text_of
         self.fixed = fixed
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, list[str]]:
-        texts = [text or "" for text in batch[self.text_column]]
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list[str]]:
+        texts = [text or "" for text in (self._compose(batch, indices) if self.text_of else batch[self.text_column])]
         labels = {name: batch[name] if value is None else [value] * len(texts) for name, value in self.fixed.items()}
         return {"text": texts, **labels}
+
+    def _compose(self, batch: dict[str, list], indices: list[int]) -> Iterator[str | None]:
+        for place, index in enumerate(indices):
+            row = {name: values[place] for name, values in batch.items()}
+            try:
+                text = self.text_of(row)
+            except Exception as error:  # of whatever kind: it is the user's function
+                reason = f"raised {type(error).__name__}: {error}"
+                raise CorpusError(f"{self._where(index, row)} {reason}") from error
+            if not isinstance(text, str | None):
+                raise CorpusError(f"{self._where(index, row)} returned a {type(text).__name__}, not a string.")
+            yield text
+
+    def _where(self, index: int, row: dict) -> str:
+        return f"{self.name}, row {index} (columns: {', '.join(row)}): text_of"
 
 
 def load_corpus(
@@ -56,6 +89,8 @@ def load_corpus(
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
+    data_files: Sequence[str] | None = None,
+    text_of: TextOf | None = None,
     streaming: bool = False,
     sample_by: str = "document",
     min_characters: int = MIN_CHARACTERS,
@@ -64,7 +99,8 @@ def load_corpus(
 
     Args:
         name: "embedded" or "embedded:NAME,NAME"; a local file, folder or glob pattern (.jsonl, .json, .parquet, .txt,
-            .md, .py; the text formats also as .gz), or a folder of `save_to_disk`; else a data set's id on the Hub.
+            .md, .py; the text formats also as .gz and .zst), or a folder of `save_to_disk`; else a data set's id on
+            the Hub.
         text_column: the column with the text (of the embedded corpus always "text").
         source: what the column `source` says. By default the data's own if it has both `source` and `domain` as string
             columns, as this package writes them, else the last part of the name.
@@ -73,6 +109,10 @@ def load_corpus(
             `DatasetDict`. Plain files have none: "train" is all of them.
         subset: configuration of a Hub data set.
         revision: branch, tag or commit of a Hub data set.
+        data_files: patterns of files in the Hub data set's repository (or in a local folder), or URLs, where no
+            configuration names them. Their extensions say what they are; of Parquet only the columns needed are read.
+        text_of: makes the text of a row from several of its columns, in place of `text_column`. A row for which it
+            returns None is dropped. It must pickle, as a function at the top level of a module does.
         streaming: return an `IterableDataset` that reads as it goes. It drops nearly empty rows but not repetitions,
             which only a look at all rows finds, and of local files it checks the first megabyte only.
         sample_by: what is a document in a text file: the whole file ("document"), a "paragraph" or a "line".
@@ -81,27 +121,55 @@ def load_corpus(
     Raises:
         CorpusError: a `ValueError` that names the file, line, byte or column at fault, and the remedy.
     """
+    _check_arguments(name, subset, data_files, text_of)
+    text = (text_column, text_of)
+    labels = (source, domain)
     if name.split(":")[0] == "embedded":
-        return _finish(_load_embedded(name, split, streaming), name, "text", source, domain, min_characters)
+        return _finish(_load_embedded(name, split, streaming), name, ("text", text_of), labels, min_characters)
     if not looks_local(name):
+        what = "data_files" if data_files else f"the subset ({subset})"
         remedy = (
-            f"There is no such local file either. Check the name, the subset ({subset}), the split ({split}) "
+            f"There is no such local file either. Check the name, {what}, the split ({split}) "
             f"and the connection (HF_HUB_OFFLINE must not be 1 unless the data set is in the cache)."
         )
         with _explained(f"the Hub data set {name}", remedy):
-            dataset = _load_hub(name, split, subset, revision, streaming)
-            return _finish(dataset, name, text_column, source, domain, min_characters)
+            if data_files:
+                dataset = _load_hub_files(name, data_files, revision, text, split, streaming, sample_by)
+            else:
+                dataset = _load_hub(name, split, subset, revision, streaming)
+            return _finish(dataset, name, text, labels, min_characters)
     path = Path(name).expanduser()
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if data_files is None and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         with _explained(f"the saved data set {name}", "Write it again with save_to_disk."):
             dataset = _load_saved(path, split, streaming)
-            return _finish(dataset, name, text_column, source, domain, min_characters)
-    loader, files = find_files(name)
+            return _finish(dataset, name, text, labels, min_characters)
+    loader, files = find_files(name, data_files)
+    checked_column = None if text_of else text_column
     for file in files:
-        check_file(file, text_column)
-    with _explained(name, "Check the file with another program.", files, text_column):
-        dataset = _load_files(loader, files, split, streaming, sample_by)
-        return _finish(dataset, name, text_column, source, domain, min_characters)
+        check_file(file, checked_column)
+    with _explained(name, "Check the file with another program.", files, checked_column):
+        # Resolved and escaped, since `datasets` reads a path as a pattern relative to the working directory.
+        paths = [glob.escape(str(file.resolve())) for file in files]
+        dataset = _load_files(loader, paths, files[0], text, split, streaming, sample_by)
+        return _finish(dataset, name, text, labels, min_characters)
+
+
+def _check_arguments(name: str, subset: str | None, data_files: Sequence[str] | None, text_of: TextOf | None) -> None:
+    """Refuses arguments that exclude each other or cannot be what they are said to be."""
+    if data_files is not None:
+        if isinstance(data_files, str) or not data_files:
+            raise CorpusError(f"data_files must be a list of patterns or URLs, not {data_files!r}.")
+        if name.split(":")[0] == "embedded":
+            raise CorpusError("The embedded corpus has no data_files: leave them out.")
+        if subset is not None:
+            raise CorpusError(f"{name}: give data_files or a subset ({subset}), not both: each says which files.")
+    if text_of is not None:
+        if not callable(text_of):
+            raise CorpusError(f"text_of must be a function from a row to its text, not {text_of!r}.")
+        try:
+            pickle.dumps(text_of)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise CorpusError(f"text_of must pickle: define it at the top level of a module ({error}).") from error
 
 
 def _load_embedded(name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -133,14 +201,58 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Dataset | IterableDa
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _load_files(
-    loader: str, files: list[Path], split: str, streaming: bool, sample_by: str
+def _load_hub_files(
+    name: str,
+    data_files: Sequence[str],
+    revision: str | None,
+    text: Text,
+    split: str,
+    streaming: bool,
+    sample_by: str,
 ) -> Dataset | IterableDataset:
+    """Files of a repository on the Hub, by pattern, or of anywhere, by URL."""
+    root = f"hf://datasets/{name}@{quote(revision or 'main', safe='')}"
+    loader = loader_of(name, data_files)
+    urls = [file if "://" in file else f"{root}/{file}" for file in data_files]
+    first = [_first_file(url) for url in urls][0]
+    return _load_files(loader, urls, first, text, split, streaming, sample_by)
+
+
+def _first_file(url: str) -> str:
+    """The first file, as a URL, that a URL matches, which may be a pattern."""
+    import fsspec
+
+    if not glob.has_magic(url):
+        return url
+    fs, path = fsspec.url_to_fs(url)
+    try:
+        found = sorted(fs.glob(path))
+    except FileNotFoundError:  # not even the folder
+        found = []
+    if not found:
+        raise CorpusError(f"No file matches {url}. Check the name, the revision and the pattern.")
+    return fs.unstrip_protocol(found[0])
+
+
+def _load_files(
+    loader: str,
+    data_files: list[str],
+    first: str | Path,
+    text: Text,
+    split: str,
+    streaming: bool,
+    sample_by: str,
+) -> Dataset | IterableDataset:
+    """Files of one format. first: one of them, whose columns, if it is Parquet, stand for those of all."""
     from datasets import load_dataset
 
-    options = {"sample_by": sample_by} if loader == "text" else {}
-    # Resolved and escaped, since `datasets` reads a path as a pattern relative to the working directory.
-    data_files = [glob.escape(str(file.resolve())) for file in files]
+    text_column, text_of = text
+    options: dict[str, Any] = {"sample_by": sample_by} if loader == "text" else {}
+    if loader == "parquet" and text_of is None:
+        there = parquet_schema(first).names
+        if text_column not in there:
+            raise CorpusError(missing_column(str(first), text_column, there))
+        options["columns"] = [name for name in there if name in {text_column, "source", "domain"}]
     return load_dataset(loader, data_files=data_files, split=split, streaming=streaming, **options)
 
 
@@ -151,7 +263,7 @@ def _choose_split(corpus: DatasetDict, name: str, split: str) -> Dataset:
 
 
 @contextmanager
-def _explained(what: str, remedy: str, files: Sequence[Path] = (), text_column: str = "text") -> Iterator[None]:
+def _explained(what: str, remedy: str, files: Sequence[Path] = (), text_column: str | None = "text") -> Iterator[None]:
     """Turns a failure to load into a `CorpusError`, after a search of the whole files for the line at fault."""
     from datasets.exceptions import DatasetsError
 
@@ -159,43 +271,46 @@ def _explained(what: str, remedy: str, files: Sequence[Path] = (), text_column: 
         yield
     except CorpusError:
         raise
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, ImportError, StopIteration, DatasetsError) as error:
         for file in files:
             check_file(file, text_column, limit=None)
-        reason = str(error.__cause__ or error).rstrip(".")
+        reason = str(error.__cause__ or error).rstrip(".") or "it holds no rows"
+        if "zstd" in reason or "zstandard" in reason:
+            remedy = "Its files are compressed with Zstandard: pip install zstandard."
         raise CorpusError(f"Could not load {what}: {reason}. {remedy}") from error
 
 
 def _finish(
     dataset: Dataset | IterableDataset,
     name: str,
-    text_column: str,
-    source: str | None,
-    domain: str | None,
+    text: Text,
+    labels: tuple[str | None, str | None],
     min_characters: int,
 ) -> Dataset | IterableDataset:
     """Checks the columns of what was loaded, brings them into the common form and drops what is not worth keeping."""
     from datasets import IterableDataset
 
+    (text_column, text_of), (source, domain) = text, labels
     kinds = _column_kinds(dataset, name)
-    if text_column not in kinds:
+    if text_of is None and text_column not in kinds:
         raise CorpusError(missing_column(name, text_column, list(kinds)))
-    if kinds[text_column] not in STRINGS:
+    if text_of is None and kinds[text_column] not in STRINGS:
         raise CorpusError(
             f"The text column {text_column!r} of {name} holds {kinds[text_column]}, not strings. "
             f"Name another with text_column."
         )
     if not (kinds.get("source") in STRINGS and kinds.get("domain") in STRINGS):
-        source, domain = source or _short_name(name), domain or UNKNOWN_DOMAIN
-    to_columns = _Columns(text_column, {"source": source, "domain": domain})
-    rows = dataset.map(to_columns, batched=True, remove_columns=list(kinds))
+        source, domain = source or short_name(name), domain or UNKNOWN_DOMAIN
+    to_columns = _Columns(name, text_column, text_of, {"source": source, "domain": domain})
+    rows = dataset.map(to_columns, batched=True, with_indices=True, remove_columns=list(kinds))
     if isinstance(rows, IterableDataset):
         return rows.filter(is_long_enough, input_columns="text", fn_kwargs={"min_characters": min_characters})
     kept = drop_empty_and_repeated(rows, min_characters)
     if len(kept) == 0:
         raise CorpusError(
             f"Nothing is left of {name}: none of its {len(rows)} rows has {min_characters} characters "
-            f"in {text_column!r}. Lower min_characters, or name another text_column."
+            f"in {'what text_of returns' if text_of else repr(text_column)}. Lower min_characters, or name another "
+            f"text_column."
         )
     if len(kept) < len(rows):
         logger.info("%s: %d of %d rows were nearly empty or repeated.", name, len(rows) - len(kept), len(rows))
@@ -212,7 +327,7 @@ def _column_kinds(dataset: Dataset | IterableDataset, name: str) -> dict[str, st
     return {column: "string" if value is None else type(value).__name__ for column, value in first.items()}
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """The last part of a path or id, without wildcards and extensions: "out/fine-math.jsonl.gz" gives "fine-math"."""
     parts = [part for part in Path(name).parts if not glob.has_magic(part)]
     return parts[-1].split(".")[0] or parts[-1] if parts else name

@@ -11,12 +11,18 @@ from __future__ import annotations
 import difflib
 import glob
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-# What `datasets.load_dataset` calls the loader of each extension; a text format may also be gzipped (".jsonl.gz").
+if TYPE_CHECKING:
+    import pyarrow
+
+# What `datasets.load_dataset` calls the loader of each extension; a text format may also be compressed (".jsonl.gz").
 LOADERS = {
     ".jsonl": "json",
     ".json": "json",
@@ -26,6 +32,7 @@ LOADERS = {
     ".md": "text",
     ".py": "text",
 }
+COMPRESSED = (".gz", ".zst")
 HEAD_BYTES = 1 << 20
 
 
@@ -34,8 +41,9 @@ class CorpusError(ValueError):
 
 
 def extension(path: str | Path) -> str:
-    """The extension that tells the format: ".jsonl" for "a.jsonl" and for "a.jsonl.gz"."""
-    return Path(str(path).lower().removesuffix(".gz")).suffix
+    """The extension that tells the format: ".jsonl" for "a.jsonl", "a.jsonl.gz" and "a.jsonl.zst"."""
+    path = Path(str(path).lower())
+    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def looks_local(name: str) -> bool:
@@ -48,17 +56,23 @@ def looks_local(name: str) -> bool:
     )
 
 
-def find_files(name: str) -> tuple[str, list[Path]]:
+def find_files(name: str, patterns: Sequence[str] | None = None) -> tuple[str, list[Path]]:
     """Resolves a file, a folder (searched with its subfolders) or a glob pattern.
+
+    Args:
+        patterns: of a folder, only the files that match one of these.
 
     Returns:
         The `datasets` loader for the files ("json", "parquet" or "text") and the files, sorted by name.
 
     Raises:
-        CorpusError: nothing is there, a file is empty or of an unknown format, or the formats are mixed.
+        CorpusError: nothing is there, a file is empty or of an unknown format, the formats are mixed, or a format
+            needs a package that is missing.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if patterns is not None:
+        files = _matching(path, patterns)
+    elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and extension(file) in LOADERS)
         if not files:
             raise CorpusError(f"The folder {name} holds no corpus files. Known formats: {_formats()}.")
@@ -70,26 +84,57 @@ def find_files(name: str) -> tuple[str, list[Path]]:
             raise CorpusError(f"No file matches {name}.")
     else:
         raise CorpusError(f"There is no file {name}.{_suggestion(path)}")
+    loader = loader_of(name, files)
+    for file in files:
+        if file.stat().st_size == 0:
+            raise CorpusError(f"{file} is empty. Remove it, or write it again.")
+    return loader, files
 
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files of a folder that match one of the patterns; of each there must be one."""
+    if not folder.is_dir():
+        raise CorpusError(f"data_files are patterns inside a folder or a Hub data set, and {folder} is no folder.")
+    found = set()
+    for pattern in patterns:
+        matches = {file for file in folder.glob(pattern) if file.is_file()}
+        if not matches:
+            raise CorpusError(f"No file of the folder {folder} matches {pattern!r} of data_files.")
+        found |= matches
+    return sorted(found)
+
+
+def loader_of(name: str, files: Sequence[str | Path]) -> str:
+    """The `datasets` loader that reads all these files, or patterns of files.
+
+    Raises:
+        CorpusError: a format is unknown, they are of several, or one needs a package that is missing.
+    """
     for file in files:
         if extension(file) not in LOADERS:
             raise CorpusError(
                 f"{file}: files of the format {extension(file) or '(none)'} cannot be read. "
                 f"Known formats: {_formats()}."
             )
-        if file.stat().st_size == 0:
-            raise CorpusError(f"{file} is empty. Remove it, or write it again.")
     loaders = {LOADERS[extension(file)] for file in files}
     if len(loaders) > 1:
         raise CorpusError(
             f"{name} mixes the formats {', '.join(sorted(set(map(extension, files))))}. "
-            f"Name one of them with a pattern, such as {path}/**/*{extension(files[0])}."
+            f"Name one of them with a pattern, such as {name}/**/*{extension(files[0])}."
         )
-    return loaders.pop(), files
+    if zst := [file for file in files if str(file).lower().endswith(".zst")]:
+        try:
+            import zstandard  # noqa: F401
+        except ImportError as error:
+            raise CorpusError(
+                f"{zst[0]} is compressed with Zstandard, and the package that reads it is missing: "
+                f"pip install zstandard."
+            ) from error
+    return loaders.pop()
 
 
 def _formats() -> str:
-    return ", ".join(LOADERS) + "; .gz of the text formats"
+    return ", ".join(LOADERS) + "; .gz and .zst of the text formats"
 
 
 def _suggestion(path: Path) -> str:
@@ -100,12 +145,13 @@ def _suggestion(path: Path) -> str:
     return f" Did you mean {' or '.join(str(path.parent / name) for name in names)}?" if names else ""
 
 
-def check_file(path: Path, text_column: str, limit: int | None = HEAD_BYTES) -> None:
+def check_file(path: Path, text_column: str | None, limit: int | None = HEAD_BYTES) -> None:
     """Raises for what would stop this file from being a corpus.
 
     Args:
         path: a file that `find_files` returned.
-        text_column: the field or column that holds the text; a text file has only "text".
+        text_column: the field or column that holds the text; a text file has only "text". None if the text is
+            composed from several, which are then not looked for.
         limit: bytes to look at (whole lines), None for all of them. Parquet needs its footer only.
 
     Raises:
@@ -123,11 +169,27 @@ def check_file(path: Path, text_column: str, limit: int | None = HEAD_BYTES) -> 
         raise CorpusError(f"{path} cannot be read: {error}. Check its permissions, or write it again.") from error
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file as they were before it was compressed."""
+    compression = path.suffix.lower()
+    if compression != ".zst":
+        with gzip.open(path) if compression == ".gz" else path.open("rb") as file:
+            yield file
+        return
+    import zstandard
+
+    try:
+        with zstandard.open(path) as file:
+            yield io.BufferedReader(file)
+    except zstandard.ZstdError as error:
+        raise OSError(str(error)) from error
+
+
 def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, str]]:
     """The numbered lines of a UTF-8 file, as far as they start within `limit` bytes."""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
     offset = 0
-    with opener(path, "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8")
@@ -142,7 +204,7 @@ def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, str]]:
                 return
 
 
-def _check_json(path: Path, text_column: str, limit: int | None) -> None:
+def _check_json(path: Path, text_column: str | None, limit: int | None) -> None:
     """Checks the lines of a JSON-lines file, or the parts of one array of objects."""
     seen: list[str] = []
     has_text = False
@@ -175,17 +237,19 @@ def _array(path: Path) -> list:
         raise CorpusError(f"{path}, line {error.lineno}: {error.msg} at column {error.colno}.") from None
 
 
-def _check_records(path: Path, records: Sequence[tuple[str, object]], text_column: str) -> None:
+def _check_records(path: Path, records: Sequence[tuple[str, object]], text_column: str | None) -> None:
     checked = [_check_record(path, place, row, text_column) for place, row in records]
     if not any(checked):
         raise CorpusError(missing_column(str(path), text_column, [name for _, row in records[:1] for name in row]))
 
 
-def _check_record(path: Path, place: str, row: object, text_column: str) -> bool:
-    """Whether the record has the text column; raises if it is no object or the column no string."""
+def _check_record(path: Path, place: str, row: object, text_column: str | None) -> bool:
+    """Whether the record has the text column (if any is asked for); raises if it is no object, or that no string."""
     if not isinstance(row, dict):
         kind = type(row).__name__
-        raise CorpusError(f'{path}, {place} is a {kind}, not an object such as {{"{text_column}": "..."}}.')
+        raise CorpusError(f'{path}, {place} is a {kind}, not an object such as {{"{text_column or "text"}": "..."}}.')
+    if text_column is None:
+        return True
     if not isinstance(row.get(text_column), str | None):
         kind = type(row[text_column]).__name__
         raise CorpusError(
@@ -195,14 +259,29 @@ def _check_record(path: Path, place: str, row: object, text_column: str) -> bool
     return text_column in row
 
 
-def _check_parquet(path: Path, text_column: str) -> None:
+def parquet_schema(path: str | Path) -> pyarrow.Schema:
+    """The schema of a local Parquet file or, by fsspec, of one behind a URL: its footer is all that is read.
+
+    Raises:
+        CorpusError: it is no Parquet file.
+    """
+    import fsspec
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        schema = pa.parquet.read_schema(path)
+        with fsspec.open(str(path), "rb") as file:
+            return pa.parquet.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _check_parquet(path: Path, text_column: str | None) -> None:
+    import pyarrow as pa
+
+    schema = parquet_schema(path)
+    if text_column is None:
+        return
     if text_column not in schema.names:
         raise CorpusError(missing_column(str(path), text_column, schema.names))
     kind = schema.field(text_column).type

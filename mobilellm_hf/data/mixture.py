@@ -1,17 +1,37 @@
-"""Drawing training rows from weighted sources.
+"""A mixture whose weights can change while it is being read, and which is the same however it is read.
 
-Weights are shares of tokens, not of documents; rows are packed to one length, so they are shares of rows too. A source
-is read in a random order and no row of it repeats before all were seen.
+    mixture = MixtureDataset(rows, {"code": 0.3, "math": 0.7}, num_draws=steps * batch_size, seed=0)
+    mixture[17]                                     # input_ids, labels, position_ids of draw 17
+    mixture.set_weights({"code": 0.5, "math": 0.5}, from_draw=6_400, keep=scores > 0)
+    mixture.report()                                # rows, tokens and passes of every source
+
+Map-style over draw indices: which source and which row a draw takes is a pure function of the seed, the index and the
+history of weights. So any number of workers and ranks reads the same, and a resumed run goes on where it was without
+replaying what was read. Weights are shares of tokens. Running DataLoader workers see a change at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import get_worker_info
+
+from mobilellm_hf.data.draws import DrawSchedule, RandomOrder, StreamOrder
+from mobilellm_hf.data.row_table import RowTable, rows_by_source
+from mobilellm_hf.data.shared_history import SharedHistory
+from mobilellm_hf.data.streaming import PackedStream
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,47 +40,397 @@ logger = logging.getLogger(__name__)
 
 # Muennighoff et al. (2305.16264): up to four epochs, repeated data are worth nearly as much as new ones.
 MAX_EPOCHS = 4.0
+BLOCKS_KEPT = 64
 
 
 @dataclass(frozen=True)
 class SourceDraw:
-    """What was drawn of one source: rows, and how often the source was read for it."""
+    """What was drawn of one source: its share now, rows, tokens, and how often the source was read for them."""
 
     weight: float
     rows: int
+    tokens: int
     epochs: float
 
 
-def draw_rows(
-    dataset: Dataset, weights: Mapping[str, float], num_rows: int, seed: int = 0
-) -> tuple[Dataset, dict[str, SourceDraw]]:
-    """`num_rows` rows whose sources are drawn independently with the given weights; a pure function of its arguments.
+class MixtureDataset(TorchDataset):
+    """Rows drawn from weighted sources, for the stock `Trainer` (with `train_sampling_strategy="sequential"`).
 
     Args:
-        dataset: packed rows with the column `source`.
-        weights: source -> share of the rows; they sum to 1. Sources that are not named are not drawn.
+        rows: packed rows with a column `source`; or source -> its rows, which may be a `PackedStream`. A stream is
+            read in its own order by every worker, each of which skips what the others take.
+        weights: source -> share of the tokens; they sum to 1. Sources that are not named are not drawn.
+        num_draws: length of the data set: steps x batch x accumulation x processes.
+        block_size: shares are met in every block of so many draws, and can change at the start of one.
+        max_epochs: how often a source may be read.
+        on_max_epochs: "warn", or "limit": a source that was read so often gives its share to the others.
+        keep_folder: where masks of kept rows are written, one file a change; by default a temporary folder.
 
-    Returns:
-        The rows in training order, and what was drawn of each source.
+    Attributes:
+        emit_ids: whether a row says, as `row_id`, which row of `rows` it is (-1 of a stream) and, as `source_id`, the
+            number of its source in `sources`. The Trainer hands them on with `remove_unused_columns=False`; then
+            something must take them out before the model runs, as the callbacks of `mobilellm_hf.training` do.
 
     Raises:
-        ValueError: a weight is negative, the weights do not sum to 1, or a source with a weight has no rows.
+        ValueError: weights are no shares, a source with a weight has no rows, or "limit" leaves too few draws.
     """
-    if min(weights.values()) < 0 or abs(sum(weights.values()) - 1) > 1e-6:
-        raise ValueError(f"mixture weights must be shares that sum to 1, not {dict(weights)}")
-    sources = np.asarray(dataset["source"][:])
-    rng = np.random.default_rng(seed)
-    drawn = rng.choice(len(weights), size=num_rows, p=np.array(list(weights.values())) / sum(weights.values()))
-    order = np.empty(num_rows, dtype=np.int64)
-    report = {}
-    for index, (name, weight) in enumerate(weights.items()):
-        rows, places = np.flatnonzero(sources == name), np.flatnonzero(drawn == index)
-        if weight > 0 and len(rows) == 0:
-            raise ValueError(f"the mixture gives {name!r} a weight of {weight:.3f}, but the data set has no row of it")
-        epochs = len(places) / max(1, len(rows))
-        report[name] = SourceDraw(weight, len(places), epochs)
-        if epochs > MAX_EPOCHS:
-            logger.warning("%s is read %.1f times; rows repeated beyond %g teach little", name, epochs, MAX_EPOCHS)
-        passes = [rng.permutation(rows) for _ in range(int(np.ceil(epochs)))]
-        order[places] = np.concatenate(passes)[: len(places)] if passes else []
-    return dataset.select(order), report
+
+    def __init__(
+        self,
+        rows: Dataset | Mapping[str, Dataset | PackedStream],
+        weights: Mapping[str, float],
+        num_draws: int,
+        *,
+        seed: int = 0,
+        block_size: int = 64,
+        max_epochs: float = MAX_EPOCHS,
+        on_max_epochs: Literal["warn", "limit"] = "warn",
+        keep_folder: str | Path | None = None,
+    ):
+        if num_draws < 1 or block_size < 1 or max_epochs <= 0:
+            raise ValueError(
+                f"num_draws={num_draws}, block_size={block_size} and max_epochs={max_epochs} must be positive"
+            )
+        if on_max_epochs not in ("warn", "limit"):
+            raise ValueError(f"on_max_epochs={on_max_epochs!r} must be 'warn' or 'limit'")
+        self.num_draws, self.seed, self.block_size = num_draws, seed, block_size
+        self.max_epochs, self.on_max_epochs = max_epochs, on_max_epochs
+        self.keep_folder = None if keep_folder is None else Path(keep_folder)
+        self.emit_ids = False
+        self._warned: set[str] = set()
+        self._add_sources(rows)
+        self._history = SharedHistory(len(self.sources))
+        self._rebuild()
+        self._change(0, weights, generation=0)
+
+    def _add_sources(self, rows) -> None:
+        by_source = isinstance(rows, Mapping)
+        tables = {name: part for name, part in rows.items() if not isinstance(part, PackedStream)} if by_source else {}
+        self._streams = {name: part for name, part in rows.items() if name not in tables} if by_source else {}
+        if by_source:
+            self._tables = {name: RowTable(part) for name, part in tables.items()}
+            offsets = np.cumsum([0, *(len(table) for table in self._tables.values())]).tolist()
+            self._rows = {name: range(len(table)) for name, table in self._tables.items()}
+            self._offsets = dict(zip(self._tables, offsets))
+            self.num_rows = offsets[-1]
+        else:
+            table, self._rows = RowTable(rows), rows_by_source(rows)
+            self._tables = dict.fromkeys(self._rows, table)
+            self._offsets, self.num_rows = dict.fromkeys(self._rows, 0), len(rows)
+        self.sources: list[str] = list(rows) if by_source else list(self._rows)
+        self.tokens_per_row = np.array([self._mean_tokens(name) for name in self.sources])
+
+    def _mean_tokens(self, name: str) -> float:
+        if name in self._streams:
+            return float(self._streams[name].seq_length)
+        return self._tables[name].mean_tokens(self._rows[name]) if len(self._rows[name]) else 1.0
+
+    # What differs from process to process is made anew in each: workers get the history alone, in shared memory.
+
+    def _rebuild(self) -> None:
+        orders = [
+            StreamOrder()
+            if name in self._streams
+            else RandomOrder(len(self._rows[name]), (self.seed << 16) + index, partial(self._kept_of, name))
+            for index, name in enumerate(self.sources)
+        ]
+        limit = self.max_epochs if self.on_max_epochs == "limit" else None
+        self._schedule = DrawSchedule(orders, self.block_size, self.seed, limit, self.num_draws)
+        self._masks: dict[int, np.ndarray] = {}
+        self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._known = 0
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name not in ("_schedule", "_masks", "_blocks")}
+
+    def __setstate__(self, state) -> None:
+        vars(self).update(state)
+        self._rebuild()
+
+    def _follow(self) -> None:
+        """Takes over changes that another process has made."""
+        for number in range(self._known, len(self._history)):
+            change = self._history[number]
+            block = change.start // self.block_size
+            self._blocks = OrderedDict((key, value) for key, value in self._blocks.items() if key < block)
+            self._schedule.append(change)
+        self._known = len(self._history)
+
+    def _kept_of(self, source: str, generation: int) -> np.ndarray | None:
+        """(rows of the source,) bool, or None if all are kept."""
+        return None if generation == 0 else self._mask(generation)[self.rows_of(source)]
+
+    def _mask(self, generation: int) -> np.ndarray:
+        if generation not in self._masks:
+            self._masks[generation] = np.load(self._history.folder() / _mask_name(generation), mmap_mode="r")
+        return self._masks[generation]
+
+    # Reading
+
+    def __len__(self) -> int:
+        return self.num_draws
+
+    def __getitem__(self, draw: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """One dictionary of (tokens,) int64 tensors a draw: `input_ids`, `labels`, and what else the rows have."""
+        sources, rows = self.locate(draws)
+        worker = get_worker_info()
+        self._history.note_fetched(0 if worker is None else worker.id + 1, max(draws))
+        result: list[dict[str, torch.Tensor]] = [{}] * len(rows)
+        for index in np.unique(sources).tolist():
+            places, name = np.flatnonzero(sources == index), self.sources[index]
+            for place, row in zip(places.tolist(), self._fetch(name, rows[places]), strict=True):
+                result[place] = row
+        if self.emit_ids:
+            for row, identity, source in zip(result, self.row_ids(sources, rows), sources, strict=True):
+                row |= {"row_id": torch.tensor(identity), "source_id": torch.tensor(source)}
+        return result
+
+    def _fetch(self, name: str, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        if name in self._streams:
+            found = self._streams[name].rows(rows.tolist())
+            return [{key: torch.from_numpy(value.astype(np.int64)) for key, value in row.items()} for row in found]
+        return self._tables[name].rows(self._numbers(name, rows))
+
+    def _numbers(self, name: str, rows: np.ndarray) -> np.ndarray:
+        numbers = self._rows[name]
+        return rows + numbers.start if isinstance(numbers, range) else numbers[rows]
+
+    def locate(self, draws: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(draws,) the source of each draw, as its number in `sources`, and the row within the source."""
+        if self._known != len(self._history):
+            self._follow()
+        if min(draws) < 0 or max(draws) >= self.num_draws:
+            raise IndexError(f"draw {max(draws)} of a mixture of {self.num_draws}")
+        sources, rows = np.empty(len(draws), dtype=np.int64), np.empty(len(draws), dtype=np.int64)
+        for place, draw in enumerate(draws):
+            block, within = divmod(draw, self.block_size)
+            if block not in self._blocks:
+                self._blocks[block] = self._schedule.block(block)
+                while len(self._blocks) > BLOCKS_KEPT:
+                    self._blocks.popitem(last=False)
+            sources[place], rows[place] = (part[within] for part in self._blocks[block])
+        return sources, rows
+
+    def row_ids(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(draws,) int64: the number of each row in `rows`; where those were given by source, one after the other."""
+        result = np.full(len(rows), -1, dtype=np.int64)
+        for index in np.unique(sources).tolist():
+            name, chosen = self.sources[index], sources == index
+            if name not in self._streams:
+                result[chosen] = self._numbers(name, rows[chosen]) + self._offsets[name]
+        return result
+
+    def source_of(self, row_ids: np.ndarray) -> np.ndarray:
+        """(rows,) the source of each row, as its number in `sources`."""
+        result = np.full(self.num_rows, -1, dtype=np.int16)
+        for index, name in enumerate(self.sources):
+            if name not in self._streams:
+                result[self.rows_of(name)] = index
+        return result[row_ids]
+
+    def rows_of(self, source: str) -> np.ndarray:
+        """The `row_id` of each row of a source; none of a stream."""
+        return np.asarray(self._rows.get(source, range(0))) + self._offsets.get(source, 0)
+
+    def predicted_tokens(self, row_ids: np.ndarray) -> np.ndarray:
+        """(rows,) predicted tokens of each row."""
+        result, sources = np.zeros(len(row_ids), dtype=np.int64), self.source_of(row_ids)
+        for index in np.unique(sources).tolist():
+            name, chosen = self.sources[index], sources == index
+            result[chosen] = self._tables[name].predicted_tokens(row_ids[chosen] - self._offsets[name])
+        return result
+
+    @property
+    def streams(self) -> list[str]:
+        """The sources that are streams."""
+        return list(self._streams)
+
+    def kept(self) -> np.ndarray | None:
+        """(num_rows,) bool, the rows that are kept since the last change; None if all are."""
+        generation = self._history[len(self._history) - 1].generation
+        return None if generation == 0 else np.array(self._mask(generation))
+
+    def select(self, row_ids: np.ndarray) -> Dataset:
+        """These rows, in this order, with the columns that a model reads."""
+        from datasets import concatenate_datasets
+
+        tables = list({id(table): table for table in self._tables.values()}.values())
+        joined = concatenate_datasets([table.dataset.select_columns(table.columns) for table in tables])
+        return joined.select(row_ids)
+
+    # Changing
+
+    def set_weights(
+        self, weights: Mapping[str, float], from_draw: int | None = None, keep: np.ndarray | None = None
+    ) -> int:
+        """Other weights, and other kept rows, from a draw on that nobody has fetched.
+
+        To be called in the process that owns the data set, alike on every rank; its workers follow.
+
+        Args:
+            weights: as for the mixture.
+            from_draw: rounded up to the start of a block. By default the first that no process of this rank has
+                fetched; with workers, batches that are on their way must be added (`MixtureCallback` does).
+            keep: (num_rows,) bool, by `row_id`; None keeps all rows.
+
+        Returns:
+            The draw from which it applies.
+
+        Raises:
+            ValueError: that draw was fetched already or precedes an earlier change, the weights are no shares, or a
+                source with a weight keeps no row.
+        """
+        fetched = self._history.fetched()
+        start = -(-(fetched + 1 if from_draw is None else from_draw) // self.block_size) * self.block_size
+        if start <= fetched:
+            raise ValueError(f"draw {start} was fetched already (up to {fetched}): weights can change after it only")
+        if start < self._history[len(self._history) - 1].start:
+            raise ValueError(f"draw {start} precedes the last change of the weights")
+        generation = 0
+        if keep is not None:
+            generation = len(self._history)
+            self._write_mask(generation, np.asarray(keep, dtype=bool))
+        self._change(start, weights, generation)
+        return start
+
+    def _write_mask(self, generation: int, keep: np.ndarray) -> None:
+        if keep.shape != (self.num_rows,):
+            raise ValueError(f"keep has the shape {keep.shape}, the mixture {self.num_rows} rows")
+        if self.keep_folder is None:
+            self.keep_folder = Path(tempfile.mkdtemp(prefix="mixture-"))
+        self.keep_folder.mkdir(parents=True, exist_ok=True)
+        # Every process writes the same bytes under a name of its own; the last one stays.
+        partial_file = self.keep_folder / f"{_mask_name(generation)}.{os.getpid()}.partial"
+        with partial_file.open("wb") as stream:
+            np.save(stream, keep)
+        os.replace(partial_file, self.keep_folder / _mask_name(generation))
+        self._history.set_folder(self.keep_folder)
+
+    def _change(self, start: int, weights: Mapping[str, float], generation: int) -> None:
+        shares = self._shares(weights, generation)
+        self._history.append(start, [weights.get(name, 0.0) for name in self.sources], shares, generation)
+        try:
+            self._follow()
+        except ValueError:
+            self._history.pop()
+            self._rebuild()
+            raise
+        self._warn()
+
+    def _shares(self, weights: Mapping[str, float], generation: int) -> np.ndarray:
+        """(sources,) probability that a row comes from each source."""
+        if unknown := set(weights) - set(self.sources):
+            raise ValueError(f"the mixture names {sorted(unknown)[0]!r}; the rows are of {', '.join(self.sources)}")
+        values = np.array([weights.get(name, 0.0) for name in self.sources])
+        if not (np.isfinite(values).all() and (values >= 0).all() and abs(values.sum() - 1) < 1e-6):
+            raise ValueError(f"mixture weights must be shares that sum to 1, not {dict(weights)}")
+        for name, weight in zip(self.sources, values.tolist(), strict=True):
+            if weight > 0 and name not in self._streams:
+                keep = self._kept_of(name, generation)
+                if len(self._rows[name]) == 0 or (keep is not None and not keep.any()):
+                    raise ValueError(f"the mixture gives {name!r} a weight of {weight:.3f}, but no row of it is kept")
+        shares = values / self.tokens_per_row
+        return shares / shares.sum()
+
+    def _warn(self) -> None:
+        if self.on_max_epochs != "warn":
+            return
+        for name, draw in self.report(self.num_draws).items():
+            if draw.epochs > self.max_epochs and name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    "%s will be read %.1f times; rows repeated beyond %g teach little",
+                    name, draw.epochs, self.max_epochs,
+                )  # fmt: skip
+
+    # Reporting and resuming
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The last weights that were set."""
+        return dict(zip(self.sources, self._history.weights(len(self._history) - 1), strict=True))
+
+    def weights_at(self, draw: int) -> dict[str, float]:
+        """The weights by which a draw was made."""
+        number = max(number for number in range(len(self._history)) if self._history[number].start <= draw)
+        return dict(zip(self.sources, self._history.weights(number), strict=True))
+
+    def fetched(self) -> int:
+        """The last draw that a process of this rank has fetched; -1 if none."""
+        return self._history.fetched()
+
+    def report(self, draws: int | None = None) -> dict[str, SourceDraw]:
+        """What the first `draws` draws (all) take of every source.
+
+        Tokens are counted by the source's mean row where rows differ in length; epochs are 0 for streams.
+        """
+        self._follow()
+        draws = self.num_draws if draws is None else min(draws, self.num_draws)
+        counts, passes = self._schedule.counts(draws), self._schedule.passes(draws)
+        weights = self.weights_at(max(0, draws - 1))
+        return {
+            name: SourceDraw(weights[name], int(count), round(count * tokens), float(epochs))
+            for name, count, tokens, epochs in zip(self.sources, counts, self.tokens_per_row, passes, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the draws, as JSON values; kept rows by the name and digest of their file."""
+        changes = []
+        for number in range(len(self._history)):
+            change = self._history[number]
+            entry = {"from_draw": change.start, "weights": self._history.weights(number)}
+            if change.generation:
+                file = self._history.folder() / _mask_name(change.generation)
+                entry |= {"generation": change.generation, "keep": str(file), "sha256": _digest(file)}
+            changes.append(entry)
+        return self._identity() | {"changes": changes}
+
+    def _identity(self) -> dict[str, Any]:
+        sizes = [len(self._rows[name]) if name in self._rows else None for name in self.sources]
+        limit = self.max_epochs if self.on_max_epochs == "limit" else None
+        return {
+            "seed": self.seed,
+            "block_size": self.block_size,
+            "sources": self.sources,
+            "rows": sizes,
+            "limit": limit,
+            "first_weights": self._history.weights(0),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the history of another run.
+
+        Raises:
+            ValueError: it is of another mixture, or a file of kept rows is missing or changed; the message names it.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the saved mixture has {name}={state.get(name)!r}, this one {value!r}: resume with the data and "
+                    "settings of the interrupted run, or start in another output folder"
+                )
+        for entry in state["changes"]:
+            if "keep" in entry and (not Path(entry["keep"]).exists() or _digest(entry["keep"]) != entry["sha256"]):
+                raise ValueError(f"{entry['keep']}, the rows that an influence round kept, is missing or was changed")
+        self._history.clear()
+        self._rebuild()
+        for entry in state["changes"]:
+            if "keep" in entry:
+                self.keep_folder = Path(entry["keep"]).parent
+                self._history.set_folder(self.keep_folder)
+            weights = dict(zip(self.sources, entry["weights"], strict=True))
+            generation = entry.get("generation", 0)
+            shares = self._shares(weights, generation)
+            self._history.append(entry["from_draw"], entry["weights"], shares, generation)
+            self._follow()
+
+
+def _mask_name(generation: int) -> str:
+    return f"keep-{generation:04d}.npy"
+
+
+def _digest(file: str | Path) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

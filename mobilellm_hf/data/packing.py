@@ -14,7 +14,7 @@ Three things differ from the usual "concatenate and chunk" map:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,14 +126,24 @@ def _check(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, seq_length: int
             f"Packing needs one map-style data set, not a {type(dataset).__name__}: choose a split, and "
             f"load without streaming."
         )
-    missing = [name for name in ("text", *GROUP) if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"Packing needs the column(s) {', '.join(missing)}; the data set has {dataset.column_names}. "
-            f"load_corpus makes them."
-        )
+    check_columns(dataset.column_names)
     if len(dataset) == 0:
         raise ValueError("There are no documents to pack.")
+    check_row(tokenizer, seq_length)
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raises a ValueError that names a column which documents need and do not have."""
+    missing = [name for name in ("text", *GROUP) if name not in columns]
+    if missing:
+        raise ValueError(
+            f"Packing needs the column(s) {', '.join(missing)}; the data set has {list(columns)}. "
+            f"load_corpus makes them."
+        )
+
+
+def check_row(tokenizer: PreTrainedTokenizerBase, seq_length: int) -> None:
+    """Raises a ValueError for a tokenizer that ends no document, or a length that predicts nothing."""
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no eos_token, which marks where a document ends; set tokenizer.eos_token.")
     if seq_length < 2:
@@ -163,8 +173,8 @@ def _order_by_group(dataset: Dataset) -> tuple[Dataset, list[_Group]]:
     return dataset, [_Group(*key, start, end) for key, start, end in zip(members, starts, ends.tolist(), strict=True)]
 
 
-class _Tokenize:
-    """Texts to token ids, `bos` in front and `eos` behind."""
+class Tokenize:
+    """Texts to token ids, `bos` in front and `eos` behind; a class, so that it pickles and `datasets` can cache."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, parse_special_tokens: bool):
         self.tokenizer = tokenizer
@@ -194,7 +204,7 @@ def _tokenize(
     from datasets import Features, List, Value
 
     return dataset.map(
-        _Tokenize(tokenizer, parse_special_tokens),
+        Tokenize(tokenizer, parse_special_tokens),
         batched=True,
         batch_size=batch_size,
         input_columns="text",
@@ -253,16 +263,30 @@ class _Pack:
         stop = int(np.searchsorted(self.ends, end)) + 1
         tokens = pc.list_flatten(self.tokenized[first:stop]["input_ids"]).to_numpy()
         tokens = tokens[start - self.starts[first] : end - self.starts[first]]
-        labels = tokens
-        columns = {}
-        if self.isolate:
-            document_starts = self.starts[first:stop] - start
-            document_starts = document_starts[(document_starts >= 0) & (document_starts < len(tokens))]
-            labels = tokens.copy()
-            labels[document_starts] = IGNORED_LABEL
-            columns["position_ids"] = _positions(document_starts, len(tokens), self.seq_length)
-        columns.update(input_ids=tokens, labels=labels)
-        return {name: values.reshape(-1, self.seq_length) for name, values in columns.items()}
+        document_starts = self.starts[first:stop] - start
+        document_starts = document_starts[(document_starts >= 0) & (document_starts < len(tokens))]
+        return cut_rows(tokens, document_starts, self.seq_length, self.isolate)
+
+
+def cut_rows(
+    tokens: np.ndarray, document_starts: np.ndarray, seq_length: int, isolate_documents: bool
+) -> dict[str, np.ndarray]:
+    """A stream of tokens, whose length is a multiple of seq_length, as arrays of (rows, seq_length).
+
+    Args:
+        document_starts: where in the stream documents start, increasing.
+
+    Returns:
+        `input_ids` and `labels`, and `position_ids` if documents are isolated, as `tokenize_and_pack` describes them.
+    """
+    labels = tokens
+    columns = {}
+    if isolate_documents:
+        labels = tokens.copy()
+        labels[document_starts] = IGNORED_LABEL
+        columns["position_ids"] = _positions(document_starts, len(tokens), seq_length)
+    columns.update(input_ids=tokens, labels=labels)
+    return {name: values.reshape(-1, seq_length) for name, values in columns.items()}
 
 
 def _positions(document_starts: np.ndarray, count: int, seq_length: int) -> np.ndarray:

@@ -1,40 +1,93 @@
 """Tokenized rows from a list of named sources, as recipes' YAML files write them.
 
 - {name: "embedded:stdlib,sympy_docs", split: train}         # arguments of `load_corpus`, tokenized and packed
-- {name: HuggingFaceTB/finemath, subset: finemath-4plus}
+- {catalog: open_web_math}                                    # a source of the paper's, all its subsets
+- {catalog: finemath, split: "train[:1%]", streaming: false, weight: 0.4}
 - {rows: runs/quickstart/rows, split: probe, sources: [stdlib]}    # a saved folder of packed rows, taken as it is
+
+`load_rows` makes one data set of them; `load_sources` keeps the sources apart, as a mixture takes them, and reads
+those with `streaming: true` as they are needed. The shares of a mixture are the business of `source_weights.py`.
 """
 
+from __future__ import annotations
+
+import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_from_disk,
+)
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from mobilellm_hf.data import catalog
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
 from mobilellm_hf.data.packing import tokenize_and_pack
+from mobilellm_hf.data.source_weights import WEIGHT_KEYS, check_weight, one_source
+from mobilellm_hf.data.streaming import PackedStream
 from mobilellm_hf.nll import COLUMNS
 
 CORPUS_KEYS = tuple(inspect.signature(load_corpus).parameters)
 ROW_KEYS = ("rows", "split", "sources")
 
 
-def check_entries(label: str, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Raises a ValueError that names the field for an entry that is not written as above."""
+def check_entries(label: str, entries: Sequence[Mapping[str, Any]], weights: bool = False) -> None:
+    """Raises a ValueError that names the field for an entry that is not written as above.
+
+    Args:
+        weights: whether entries may have a `weight`, or of the catalog a `stage` and `phase`; see `source_weights`.
+    """
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{label} must be a list of sources such as {{name: 'embedded:stdlib'}}, not {entries!r}")
     for number, entry in enumerate(entries):
         place = f"{label}[{number}]"
-        if not isinstance(entry, Mapping) or ("name" in entry) == ("rows" in entry):
-            raise ValueError(f"{place} must have either a name (of a corpus) or rows (a saved folder), not {entry!r}")
-        allowed = CORPUS_KEYS if "name" in entry else ROW_KEYS
-        if unknown := set(entry) - set(allowed):
-            raise ValueError(f"{place} has the field {sorted(unknown)[0]!r}; it may have {', '.join(allowed)}")
+        _check_fields(place, entry, weights)
         if "rows" in entry and not Path(entry["rows"]).is_dir():
             raise ValueError(f"{place}: there is no folder {entry['rows']}")
+        if weights:
+            check_weight(place, entry)
+        try:
+            _expand(entry)
+        except CorpusError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+
+def _check_fields(place: str, entry: Mapping[str, Any], weights: bool) -> None:
+    kinds = [kind for kind in ("catalog", "rows", "name") if isinstance(entry, Mapping) and kind in entry]
+    if len(kinds) != 1 and kinds != ["catalog", "name"]:
+        raise ValueError(
+            f"{place} must have either a name (of a corpus) or rows (a saved folder) or catalog (the paper's source), "
+            f"not {entry!r}"
+        )
+    allowed = {"catalog": ("catalog", *CORPUS_KEYS), "rows": ROW_KEYS, "name": CORPUS_KEYS}[kinds[0]]
+    if weights:
+        allowed += WEIGHT_KEYS if kinds[0] == "catalog" else WEIGHT_KEYS[:1]
+    if unknown := set(entry) - set(allowed):
+        name = min(unknown)
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f". Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{place} has the field {name!r}; it may have {', '.join(allowed)}{hint}")
+
+
+def _expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `load_corpus` is called with, once for each subset of a source of the catalog; or a folder of rows."""
+    given = {name: value for name, value in entry.items() if name not in ("catalog", *WEIGHT_KEYS)}
+    if "catalog" in entry:
+        return catalog.entries(entry["catalog"], **given)
+    if "weight" in entry and "name" in entry:
+        given["source"] = one_source("this entry", entry)
+    return [given]
 
 
 def load_rows(
@@ -50,24 +103,108 @@ def load_rows(
     Args:
         entries: as above; saved rows need no tokenizer.
         config: of the model that will read them; a tokenizer with ids beyond its vocabulary is refused.
-        rows_per_source: keep a random choice of so many rows of each source.
+        rows_per_source: keep a random choice of so many rows of each source. Of a stream the first are taken, since
+            no others are known.
 
     Raises:
-        ValueError: an entry cannot be loaded; the message names it and the remedy.
+        ValueError: an entry cannot be loaded, or is a stream and `rows_per_source` is None; the message names it and
+            the remedy.
     """
-    parts = [_load_saved(entry) if "rows" in entry else None for entry in entries]
-    for number, entry in enumerate(entries):
-        if parts[number] is None:
-            if tokenizer is None:
-                raise ValueError(f"{entry['name']} is text: name the tokenizer that reads it")
-            documents = load_corpus(**entry)
-            parts[number], _ = tokenize_and_pack(documents, tokenizer, seq_length, config=config)
+    parts = []
+    for part in _load_parts(entries, tokenizer, seq_length, config):
+        if isinstance(part, PackedStream):
+            if rows_per_source is None:
+                raise ValueError(
+                    f"{part.source} is read as a stream, which has no end to wait for: give the number of rows "
+                    f"to take of each source, or streaming: false and a part of it, such as split: 'train[:1%]'"
+                )
+            part = _first_rows(part, rows_per_source)
+        parts.append(part)
+    rows = _concatenate(parts)
+    return rows if rows_per_source is None else sample_per_source(rows, rows_per_source, seed)
+
+
+def load_sources(
+    entries: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_length: int,
+    config: PreTrainedConfig,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+) -> dict[str, Dataset | PackedStream]:
+    """source -> its rows: a stream for the entries with `streaming: true`, else a data set.
+
+    Streams repeat without end. Several entries of one source, such as the subsets of a source of the catalog, become
+    one stream that takes their documents in turn.
+
+    Args:
+        entries, tokenizer, seq_length, config: as for `load_rows`.
+        shuffle_buffer: documents among which a stream chooses the next one at random; 0 leaves its order.
+
+    Raises:
+        ValueError: as for `load_rows`, or a source is given both as a stream and as rows.
+    """
+    parts = list(_load_parts(entries, tokenizer, seq_length, config, shuffle_buffer, seed))
+    sources: dict[str, Dataset | PackedStream] = {}
+    if tables := [part for part in parts if not isinstance(part, PackedStream)]:
+        rows = _concatenate(tables)
+        names = np.asarray(rows["source"][:])
+        sources = {name: rows.select(np.flatnonzero(names == name)) for name in dict.fromkeys(names.tolist())}
+    for part in parts:
+        if isinstance(part, PackedStream):
+            if part.source in sources:
+                raise ValueError(f"{part.source} is given both as a stream and as rows: choose one by streaming")
+            sources[part.source] = part
+    return sources
+
+
+def _load_parts(
+    entries: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_length: int,
+    config: PreTrainedConfig,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+) -> Iterator[Dataset | PackedStream]:
+    """The rows of each entry; after them a stream for each source of those that stream."""
+    streams: dict[str, list[IterableDataset]] = {}
+    for arguments in [arguments for entry in entries for arguments in _expand(entry)]:
+        if "rows" in arguments:
+            yield _load_saved(arguments)
+            continue
+        if tokenizer is None:
+            raise ValueError(f"{arguments['name']} is text: name the tokenizer that reads it")
+        documents = load_corpus(**arguments)
+        if isinstance(documents, Dataset):
+            yield tokenize_and_pack(documents, tokenizer, seq_length, config=config)[0]
+        else:
+            source = PackedStream(documents, tokenizer, seq_length, config=config).source
+            streams.setdefault(source, []).append(documents)
+    for parts in streams.values():
+        documents = parts[0]
+        if len(parts) > 1:
+            documents = interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+        if shuffle_buffer:
+            documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        yield PackedStream(documents, tokenizer, seq_length, config=config, repeat=True)
+
+
+def _first_rows(stream: PackedStream, count: int) -> Dataset:
+    """The first rows of a stream, or all those of its first pass."""
+    rows = []
+    for row in stream:
+        if len(rows) == count or stream.report:
+            break
+        rows.append({**row, "source": stream.source})
+    return Dataset.from_list(rows)
+
+
+def _concatenate(parts: Sequence[Dataset]) -> Dataset:
     columns = [name for name in (*COLUMNS, "source") if _in_all(name, parts)]
     # Saved rows may say less about their types than packed ones do.
     numbers = {name: List(Value("int32")) for name in columns if name != "source"}
     features = Features({**numbers, "source": Value("string")})
-    rows = concatenate_datasets([part.select_columns(columns).cast(features) for part in parts])
-    return rows if rows_per_source is None else sample_per_source(rows, rows_per_source, seed)
+    return concatenate_datasets([part.select_columns(columns).cast(features) for part in parts])
 
 
 def _in_all(name: str, parts: Sequence[Dataset]) -> bool:

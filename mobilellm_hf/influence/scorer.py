@@ -75,7 +75,7 @@ class InfluenceScorer:
             raise ValueError(f"curvature={curvature!r}: only 'identity' needs no data; make the others beforehand")
         self.model, self.probes = model, dict(probes)
         self.capabilities = list(probes)
-        _check_parameters(model)
+        check_parameters(model)
         gradients = []
         for name, dataset in self.probes.items():
             check_rows(f"probe {name!r}", dataset, model)
@@ -99,7 +99,7 @@ class InfluenceScorer:
         scorer = cls.__new__(cls)
         scorer.model, scorer.probes, scorer.capabilities = model, {}, list(capabilities)
         scorer.directions = dict(directions)
-        _check_parameters(model)
+        check_parameters(model)
         GradientProducts(model, scorer.directions)
         return scorer
 
@@ -257,7 +257,8 @@ def _row_lengths(dataset: Dataset) -> list[int]:
     return [length for _, column in _columns_of_ids(dataset) for length in pc.list_value_length(column).to_pylist()]
 
 
-def _check_parameters(model: PreTrainedModel) -> None:
+def check_parameters(model: PreTrainedModel) -> None:
+    """Raises a ValueError that names the first parameter that is sharded or offloaded."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"{name} is sharded (FSDP or tensor parallelism): score with whole models, one a process")

@@ -14,6 +14,7 @@ from mobilellm_hf.data import catalog
 from mobilellm_hf.data.catalog import SOURCES, check_printed, describe, entries, entry, find, main, mixture, printed
 from mobilellm_hf.data.catalog_sources import BENCHMARK_ROWS, DOMAINS, PHASES
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
+from mobilellm_hf.data.local_files import loader_of
 
 ALL_PHASES = [(stage, phase) for stage, phases in PHASES.items() for phase in phases]
 CHAT = {"tulu3", "open_math_reasoning", "open_science_reasoning", "open_code_reasoning"}
@@ -84,21 +85,6 @@ ROWS = {
         "Why is the sky blue?\n\nShort waves scatter more.",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture
-def extended(monkeypatch):
-    """The signature of a `load_corpus` that also takes the two arguments that some entries need."""
-
-    def load(name, *, data_files=None, text_of=None, **others):
-        raise AssertionError("the tests load nothing from the Hub")
-
-    parameters = {**inspect.signature(load_corpus).parameters}
-    for name in ("data_files", "text_of"):
-        parameters.setdefault(name, inspect.signature(load).parameters[name])
-    load.__signature__ = inspect.Signature(list(parameters.values()))
-    monkeypatch.setattr(catalog, "load_corpus", load)
-    return load.__signature__
 
 
 @pytest.mark.parametrize("name", IN_THE_PAPER)
@@ -176,16 +162,17 @@ def test_an_unknown_name_brings_the_closest():
 def test_an_entry_is_taken_by_load_corpus_or_refused_with_the_reason(name):
     spec = SOURCES[name]
     given = {"text_column": "text"} if spec.columns is None else {}
-    try:
-        all_given = [entry(name, subset=subset, **given) for subset in spec.subsets]
-    except CorpusError as error:
-        reasons = {"data_files": spec.data_files, "text_of": spec.text_of, "chat": spec.is_chat}
-        reasons["cannot be loaded by its name"] = spec.obstacle
-        assert any(reason and word in str(error) for word, reason in reasons.items())
+    if spec.is_chat or spec.obstacle:
+        with pytest.raises(CorpusError, match="is chat, not text" if spec.is_chat else "cannot be loaded by its name"):
+            entries(name)
         return
-    for arguments in all_given:
+    for arguments in entries(name, **given):
         inspect.signature(load_corpus).bind(**arguments)
         assert (arguments["name"], arguments["source"], arguments["domain"]) == (spec.hub_id, name, spec.domain)
+        assert arguments.get("data_files", []) == list(spec.data_files)
+        assert arguments.get("text_of") is spec.text_of
+        known = [file.removesuffix(".zst") for file in spec.data_files]
+        assert not known or loader_of(name, known) in ("json", "parquet")
 
 
 def test_entries_of_each_kind():
@@ -206,15 +193,23 @@ def test_entries_of_each_kind():
             entry(name)
 
 
-def test_entries_that_need_more_say_so_and_work_once_load_corpus_takes_it(extended):
-    for name, spec in SOURCES.items():
-        if not spec.is_chat and not spec.obstacle and spec.columns:
-            for arguments in entries(name):
-                extended.bind(**arguments)
+def test_overrides_reach_every_subset_and_a_local_copy_is_one_entry():
     assert entry("pes2o")["data_files"] == ["data/v2/train-*.json.gz"]
     assert entry("gsm8k")["text_of"] is SOURCES["gsm8k"].text_of and entry("gsm8k")["min_characters"] == 1
     assert "min_characters" not in entry("nemotron_math")
     assert not any("test" in pattern for pattern in entry("dolmino_math")["data_files"])
+    assert [given["streaming"] for given in entries("cosmopedia", streaming=False)] == [False] * 8
+    assert [given["subset"] for given in entries("cosmopedia", subset="stanford")] == ["stanford"]
+    assert [given["name"] for given in entries("cosmopedia", name="copies/cosmopedia")] == ["copies/cosmopedia"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_local_copies_of_question_sets_become_text(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, (row, text) in ROWS.items():
+        Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
+        arguments = entry(name, name=str(tmp_path / f"{name}.parquet"), streaming=streaming, min_characters=1)
+        assert list(load_corpus(**arguments)) == [{"text": text, "source": name, "domain": SOURCES[name].domain}]
 
 
 def test_a_local_copy_takes_the_place_of_what_no_name_loads(tmp_path):

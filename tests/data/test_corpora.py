@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -252,3 +253,108 @@ def test_a_document_is_cut_at_the_last_blank_line_of_its_second_half():
     functions = ["def a():\n    return 1\n\n", "def b():\n    return 2\n\n", "def c():\n    return 3\n"]
     assert cut_document("".join(functions), len("".join(functions)) - 2) == ["".join(functions[:2]), functions[2]]
     assert cut_document("") == []
+
+
+def join(row):
+    return f"{row['question']} {LONG.format(row['answer'])}" if row["answer"] is not None else None
+
+
+def shout(row):
+    return row["question"].upper() + row["missing"]
+
+
+def count(row):
+    return row["answer"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_text_of_composes_the_text_from_several_columns(folder, name, streaming):
+    rows = Dataset.from_list([{"question": f"q{n}", "answer": n, "source": "own"} for n in range(3)])
+    rows = rows.map(lambda row: {"answer": None if row["answer"] == 1 else row["answer"]})
+    rows.to_json(folder / name) if name.endswith("jsonl") else rows.to_parquet(folder / name)
+    corpus = load_corpus(str(folder / name), text_of=join, domain="math", streaming=streaming)
+    assert list(corpus) == [
+        {"text": f"q{n} {LONG.format(n)}", "source": "pairs", "domain": "math"} for n in (0, 2)
+    ]  # fmt: skip
+
+
+def test_text_of_that_fails_names_the_row_and_the_columns(folder):
+    name = write_lines(folder / "pairs.jsonl", [{"question": f"q{n}", "answer": n} for n in range(3)])
+    for streaming in (False, True):
+        with pytest.raises(CorpusError, match=r"pairs.jsonl, row 0 \(columns: question, answer\): .*KeyError: 'missi"):
+            list(load_corpus(name, text_of=shout, streaming=streaming))
+    with pytest.raises(CorpusError, match="row 0 .* returned a int, not a string"):
+        load_corpus(name, text_of=count)
+    with pytest.raises(CorpusError, match="text_of must pickle: define it at the top level"):
+        load_corpus(name, text_of=lambda row: row["question"])
+    with pytest.raises(CorpusError, match="text_of must be a function .*'question'"):
+        load_corpus(name, text_of="question")
+
+
+def test_data_files_choose_files_of_a_local_folder(folder):
+    (folder / "deep").mkdir()
+    write_lines(folder / "deep" / "a.jsonl", records(2))
+    with gzip.open(folder / "deep" / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": LONG.format(5)}))
+    (folder / "notes.md").write_text(LONG)
+    corpus = load_corpus(str(folder), data_files=["deep/*.jsonl", "deep/b*.gz"])
+    assert sorted(corpus["text"]) == [*texts(2), LONG.format(5)]
+    with pytest.raises(CorpusError, match="No file of the folder .* matches 'deep/c"):
+        load_corpus(str(folder), data_files=["deep/*.jsonl", "deep/c*"])
+    with pytest.raises(CorpusError, match="mixes the formats .jsonl, .md"):
+        load_corpus(str(folder), data_files=["deep/a.jsonl", "*.md"])
+    with pytest.raises(CorpusError, match="data_files must be a list"):
+        load_corpus(str(folder), data_files="*.md")
+    with pytest.raises(CorpusError, match="data_files or a subset .en., not both"):
+        load_corpus("someone/else", data_files=["*.md"], subset="en")
+    with pytest.raises(CorpusError, match="embedded corpus has no data_files"):
+        load_corpus("embedded:stdlib", data_files=["*.py"])
+
+
+def test_of_parquet_only_the_columns_needed_are_read(folder, monkeypatch):
+    import datasets
+
+    recorded = []
+    load = datasets.load_dataset
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **options: recorded.append(options) or load(*a, **options))
+    Dataset.from_list(records(2, source="own", domain="code", heavy="x" * 100)).to_parquet(folder / "wide.parquet")
+    assert load_corpus(str(folder / "wide.parquet"))[0]["source"] == "own"
+    assert recorded[0]["columns"] == ["text", "source", "domain"]
+
+
+def test_files_of_the_hub_are_asked_for_by_repository_revision_and_pattern(monkeypatch):
+    recorded = []
+
+    def load(*args, **options):
+        recorded.append((args, options))
+        return Dataset.from_list(records(2))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    url = "https://example.org/a.jsonl"
+    corpus = load_corpus("org/data", data_files=["v2/a.json.gz", url], revision="refs/pr/1", streaming=True)
+    assert corpus[0]["source"] == "data"
+    files = ["hf://datasets/org/data@refs%2Fpr%2F1/v2/a.json.gz", url]
+    assert recorded == [(("json",), {"data_files": files, "split": "train", "streaming": True})]
+    with pytest.raises(CorpusError, match="data/train: files of the format .none. cannot be read. Known formats"):
+        load_corpus("org/data", data_files=["data/train"])
+
+
+def test_zstandard_is_asked_for_before_anything_is_fetched(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(CorpusError, match="a.jsonl.zst is compressed with Zstandard.*pip install zstandard"):
+        load_corpus("org/data", data_files=["a.jsonl.zst"])
+    (folder / "b.jsonl.zst").write_bytes(b"(\xb5/\xfd")
+    with pytest.raises(CorpusError, match="b.jsonl.zst is compressed with Zstandard.*pip install zstandard"):
+        load_corpus(str(folder))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_compressed_with_zstandard(folder, streaming):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps(row) + "\n" for row in records(3))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    assert [row["text"] for row in load_corpus(str(folder / "a.jsonl.zst"), streaming=streaming)] == texts(3)
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(lines.encode())[:-40])
+    with pytest.raises(CorpusError, match="b.jsonl.zst"):
+        list(load_corpus(str(folder / "b.jsonl.zst"), streaming=streaming))

@@ -104,7 +104,7 @@ def test_a_second_run_comes_from_the_cache(tokenizer, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr("mobilellm_hf.data.packing._Tokenize.__call__", fail)
+    monkeypatch.setattr("mobilellm_hf.data.packing.Tokenize.__call__", fail)
     monkeypatch.setattr("mobilellm_hf.data.packing._Pack.__call__", fail)
     second, _ = tokenize_and_pack(Dataset.load_from_disk(tmp_path / "corpus"), tokenizer, 32)
     assert second.to_list() == first.to_list()

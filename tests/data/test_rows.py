@@ -5,7 +5,10 @@ from datasets import Dataset, DatasetDict
 
 from mobilellm_hf import MobileLLMConfig
 from mobilellm_hf.data.corpora import CorpusError
-from mobilellm_hf.data.rows import check_entries, load_rows
+from mobilellm_hf.data.packing import tokenize_and_pack
+from mobilellm_hf.data.rows import check_entries, load_rows, load_sources
+from mobilellm_hf.data.source_weights import source_weights
+from mobilellm_hf.data.streaming import PackedStream
 from mobilellm_hf.data.tokenization import train_tokenizer
 
 CONFIG = MobileLLMConfig(vocab_size=512)
@@ -68,8 +71,73 @@ def test_a_random_choice_of_each_source_is_a_function_of_the_seed(saved):
             r"sources\[0\] has the field 'text_colunm'; it may have",
         ),
         ([{"rows": "nowhere/rows"}], r"sources\[0\]: there is no folder nowhere/rows"),
+        ([{"name": "a.txt", "text_colum": "x"}], r"sources\[0\] has the field 'text_colum'.*Did you mean text_column"),
+        ([{"name": "a.txt", "weight": 1}], r"sources\[0\] has the field 'weight'"),
+        ([{"catalog": "finemth"}], r"sources\[0\]: The catalog has no source 'finemth'. Did you mean finemath"),
+        ([{"catalog": "tulu3"}], r"sources\[0\]: tulu3 is chat, not text"),
+        ([{"catalog": "arxiv"}], r"sources\[0\]: arxiv cannot be loaded by its name"),
+        ([{"catalog": "wiki", "rows": "x"}], r"sources\[0\] must have either"),
+        ([{"catalog": "wiki", "sources": ["x"]}], r"sources\[0\] has the field 'sources'"),
     ],
 )
 def test_misspelt_entries_are_refused_by_place_and_field(entries, message):
     with pytest.raises(ValueError, match=message):
         check_entries("sources", entries)
+
+
+LINE = "some words to learn from, number {} of this little file, which is long enough to be kept as a document"
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """Two files of documents."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, numbers in (("even", range(0, 60, 2)), ("odd", range(1, 60, 2))):
+        Dataset.from_list([{"text": LINE.format(n)} for n in numbers]).to_json(tmp_path / f"{name}.jsonl")
+    return tmp_path
+
+
+def test_a_source_of_the_catalog_is_loaded_with_overrides(lines, tokenizer):
+    check_entries(
+        "sources", [{"catalog": "cosmopedia", "name": "x.jsonl"}, {"catalog": "gsm8k", "split": "train[:1%]"}]
+    )
+    rows = load_rows([{"catalog": "wiki", "name": str(lines / "even.jsonl")}], tokenizer, 16, CONFIG)
+    assert set(rows["source"]) == {"wiki"}
+    assert "number 58 of this" in "".join(tokenizer.batch_decode(rows["input_ids"][:]))
+
+
+def test_streams_stand_beside_rows_and_one_source_is_one_stream(lines, tokenizer, saved):
+    entries = [
+        {"name": str(lines / f"{name}.jsonl"), "source": "numbers", "streaming": True} for name in ("even", "odd")
+    ]
+    entries += [{"rows": saved}, {"name": str(lines / "odd.jsonl")}]
+    found = load_sources(entries, tokenizer, 8, CONFIG)
+    assert list(found) == ["a", "b", "c", "odd", "numbers"]
+    assert [len(found[name]) for name in ("a", "b", "c")] == [5, 7, 2] and set(found["b"]["source"]) == {"b"}
+    stream = found["numbers"]
+    assert isinstance(stream, PackedStream) and stream.repeat
+    in_turn = [{"text": LINE.format(n), "source": "numbers", "domain": "unknown"} for n in range(60)]
+    expected = tokenize_and_pack(Dataset.from_list(in_turn), tokenizer, 8)[0]
+    everything = stream.rows(range(len(expected)))
+    assert [row["input_ids"].tolist() for row in everything] == expected["input_ids"][:]
+    shuffled = load_sources(entries, tokenizer, 8, CONFIG, shuffle_buffer=10, seed=1)["numbers"].rows(range(99))
+    assert [row["input_ids"].tolist() for row in shuffled] != expected["input_ids"][:99]
+    with pytest.raises(ValueError, match="numbers is given both as a stream and as rows"):
+        load_sources([entries[0], {**entries[1], "streaming": False}], tokenizer, 8, CONFIG)
+
+
+def test_of_a_stream_the_first_rows_are_taken(lines, tokenizer):
+    entries = [{"name": str(lines / "odd.jsonl"), "streaming": True}]
+    in_one_piece = load_rows([{"name": str(lines / "odd.jsonl")}], tokenizer, 8, CONFIG)
+    assert load_rows(entries, tokenizer, 8, CONFIG, rows_per_source=5).to_list() == in_one_piece.to_list()[:5]
+    assert load_rows(entries, tokenizer, 8, CONFIG, rows_per_source=10_000).to_list() == in_one_piece.to_list()
+    with pytest.raises(ValueError, match="odd is read as a stream, .* streaming: false and a part of it"):
+        load_rows(entries, tokenizer, 8, CONFIG)
+
+
+def test_a_weighted_entry_is_one_source_even_if_its_rows_say_more(lines, tokenizer):
+    rows = [{"text": LINE.format(n), "source": f"s{n % 2}", "domain": "code"} for n in range(20)]
+    Dataset.from_list(rows).to_json(lines / "mixed.jsonl")
+    entries = [{"name": str(lines / "mixed.jsonl"), "weight": 1.0}]
+    check_entries("sources", entries, weights=True)
+    assert set(load_rows(entries, tokenizer, 8, CONFIG)["source"]) == set(source_weights(entries)) == {"mixed"}

@@ -1,0 +1,265 @@
+"""Influence resampling: every so many steps, the model that is being trained decides what it reads next.
+
+    callback = InfluenceResamplingCallback(mixture, {"code": code, "math": math}, every=1_000)
+    Trainer(model, arguments, train_dataset=mixture, callbacks=[callback])
+
+A round scores candidates of every source with the model as it is (equation 2), rejects those that help no more
+(equation 6), weighs the sources anew (equations 4 and 5), and applies both from a draw that no worker has fetched.
+One round in the middle of a run is the paper's phases; many are continuous use. A phase that has nothing left to
+teach says so and ends. Rounds are a function of the weights and the seed alone, so a run that was killed repeats them
+to the bit; all ranks share the scoring and decide alike.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from mobilellm_hf.data.mixture import MixtureDataset
+from mobilellm_hf.influence.curvature import AdamCurvature
+from mobilellm_hf.influence.overlap import refuse_overlap
+from mobilellm_hf.influence.scorer import InfluenceScorer, check_parameters, check_rows
+from mobilellm_hf.training.fused_scores import FusedScores
+from mobilellm_hf.training.live_mixture import MixtureCallback, add_figures, draws_per_step, unwrap
+from mobilellm_hf.training.rounds import Round, decide, write_round
+
+logger = logging.getLogger(__name__)
+
+STATE_KEY = "mobilellm_hf.resampling"
+
+
+class InfluenceResamplingCallback(MixtureCallback):
+    """Rejects samples and reweighs sources by the influence that the model in training finds.
+
+    Logged after each round: `influence/positive` and `influence/positive/<capability>` (shares of the scored
+    samples), `influence/spread` (interquartile range of the mean influence, a share of the first round's),
+    `influence/rejected` (share of all rows) and `influence/cost` (share of the training time so far). Scores, and
+    pictures of all rounds, are in the folder `mixture` of the output folder.
+
+    Args:
+        mixture: the Trainer's `train_dataset`.
+        probes: capability -> tokenized rows that nobody trains on.
+        every: steps between two rounds.
+        curvature: "adam" (the optimizer's second moments) or "identity".
+        reject: "nonpositive" as equation (6), or None to reweigh only.
+        rule: whose influence must be positive: the "mean" over capabilities, "any", or one of them.
+        reweigh: whether sources get new weights; if not, samples are rejected only.
+        candidates_per_source: rows of each source that a round scores, chosen at random; None: all. Rows that are not
+            scored stay as they were. Streams are not scored and keep their weights.
+        scores: "separate" passes over the candidates; or "fused": the scores of what was trained on since the last
+            round, taken inside the training steps with the probe gradients of that round, at little more than their
+            cost. The first fused round only begins to listen.
+        floor: share of a source whose influence is not positive.
+        min_positive: a smaller share of positive samples ends the phase.
+        min_spread: so does a spread that has narrowed below this share of the first round's; None: never.
+        allow_overlap: train on rows that share documents with a probe, which is an error otherwise.
+        batch_size: rows of a batch in scoring.
+        on_round: called with each `Round`, on every rank.
+
+    Raises:
+        ValueError: at the start of training, if a probe is empty, shares documents with the mixture, or does not fit
+            the model; if the model is sharded; or if there is no time for a single round.
+    """
+
+    def __init__(
+        self,
+        mixture: MixtureDataset,
+        probes: Mapping[str, Dataset],
+        every: int,
+        curvature: Literal["adam", "identity"] = "adam",
+        reject: Literal["nonpositive"] | None = "nonpositive",
+        *,
+        rule: str = "mean",
+        reweigh: bool = True,
+        candidates_per_source: int | None = 256,
+        scores: Literal["separate", "fused"] = "separate",
+        floor: float = 0.0,
+        min_positive: float = 0.02,
+        min_spread: float | None = None,
+        allow_overlap: bool = False,
+        batch_size: int = 8,
+        seed: int = 0,
+        delay_steps: int = 16,
+        source_loss: bool = True,
+        on_round: Callable[[Round], None] | None = None,
+    ):
+        super().__init__(mixture, delay_steps, source_loss)
+        _check_choice("curvature", curvature, ("adam", "identity"))
+        _check_choice("reject", reject, ("nonpositive", None))
+        _check_choice("scores", scores, ("separate", "fused"))
+        _check_choice("rule", rule, ("mean", "any", *probes))
+        if every < 1 or not probes or not 0 <= floor < 1:
+            raise ValueError(f"every={every} must be positive, probes={list(probes)} not empty, floor={floor} a share")
+        if reject is None and not reweigh:
+            raise ValueError("with reject=None and reweigh=False a round would change nothing")
+        self.probes, self.every, self.curvature, self.reject = dict(probes), every, curvature, reject
+        self.rule, self.reweigh, self.candidates_per_source, self.scores = rule, reweigh, candidates_per_source, scores
+        self.floor, self.min_positive, self.min_spread = floor, min_positive, min_spread
+        self.allow_overlap, self.batch_size, self.seed, self.on_round = allow_overlap, batch_size, seed, on_round
+        self.rounds: list[Round] = []
+        self._keep = np.ones(mixture.num_rows, dtype=bool)
+        self._fused: FusedScores | None = None
+        self._began = self._seconds = self._scoring = 0.0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.rounds, self._seconds, self._scoring = [], 0.0, 0.0
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        model = unwrap(model)
+        check_parameters(model)
+        for name, probe in self.probes.items():
+            check_rows(f"probe {name!r}", probe, model)
+        if not self.allow_overlap:
+            remedy = "Take them out of the mixture or the probes, or pass allow_overlap=True."
+            refuse_overlap(self.mixture.select(np.arange(self.mixture.num_rows)), self.probes, remedy)
+        if self.every + self.delay_steps >= state.max_steps:
+            raise ValueError(
+                f"every={self.every} and delay_steps={self.delay_steps} leave no round in {state.max_steps} steps"
+            )
+        self._began = time.perf_counter()
+        if self.scores == "fused":
+            self._fused = FusedScores(model, self.mixture, Path(self.mixture.keep_folder))
+            if state.global_step >= self.every:
+                self._fused.resume(state.global_step, list(self.probes))
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self._fused is not None:
+            self._fused.collect()
+        last = state.max_steps - self.delay_steps
+        if state.global_step % self.every == 0 and state.global_step < last:
+            self._round(args, state, control, unwrap(model), optimizer)
+        if self._fused is not None and control.should_save:
+            self._fused.save(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control, **kwargs)
+        if self._fused is not None:
+            self._fused.close()
+            self._fused = None
+        if self.rounds:
+            logger.info(
+                "influence: %d rounds, %.1f%% of the training time", len(self.rounds), 100 * self.rounds[-1].cost
+            )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if logs is not None and "loss" in logs and self.rounds and self.rounds[-1].step == state.global_step:
+            add_figures(state, logs, self.rounds[-1].figures())
+
+    # A round
+
+    def _round(self, args, state, control, model: PreTrainedModel, optimizer) -> None:
+        start = time.perf_counter()
+        rows, scores = self._fused.take() if self._fused is not None else (None, None)
+        scorer = InfluenceScorer(model, self.probes, self._curvature(optimizer, model), batch_size=self.batch_size)
+        if self._fused is None:
+            rows = self._candidates(state.global_step)
+            scores = self._score(scorer, rows)
+        else:
+            self._fused.listen(scorer, state.global_step)
+        if len(rows):
+            self._apply(args, state, control, rows, scores, start)
+        self._scoring += time.perf_counter() - start
+
+    def _apply(self, args, state, control, rows: np.ndarray, scores: torch.Tensor, start: float) -> None:
+        step, mixture = state.global_step, self.mixture
+        found, keep, weights = decide(self, step, rows, scores, self._keep)
+        found.cost = self._cost(time.perf_counter() - start)
+        self.rounds.append(found)
+        write_round(Path(mixture.keep_folder), self.rounds, rows, scores, mixture, list(self.probes))
+        if found.ended:
+            control.should_training_stop = control.should_save = True
+            logger.warning("step %d: %s; the phase ends here", step, found.ended)
+        else:
+            self._keep = keep
+            found.from_draw = mixture.set_weights(
+                weights, (step + self.delay_steps) * draws_per_step(args), None if keep.all() else keep
+            )
+        control.should_log = True
+        self._store(state)
+        if self.on_round is not None:
+            self.on_round(found)
+
+    def _cost(self, seconds: float) -> float:
+        """Share of the training time that rounds have taken, this one included."""
+        spent = self._scoring + seconds
+        return spent / max(1e-9, self._seconds + time.perf_counter() - self._began)
+
+    def _curvature(self, optimizer, model: PreTrainedModel):
+        return "identity" if self.curvature == "identity" else AdamCurvature.from_optimizer(optimizer, model)
+
+    def _candidates(self, step: int) -> np.ndarray:
+        """(rows,) the `row_id` of the rows that this round scores, sorted."""
+        chosen = []
+        for index, name in enumerate(self.mixture.sources):
+            rows = self.mixture.rows_of(name)
+            if self.candidates_per_source is not None and len(rows) > self.candidates_per_source:
+                random = np.random.default_rng([self.seed, step, index])
+                rows = random.choice(rows, self.candidates_per_source, replace=False)
+            chosen.append(rows)
+        return np.sort(np.concatenate(chosen))
+
+    def _score(self, scorer: InfluenceScorer, rows: np.ndarray) -> torch.Tensor:
+        """(rows, C) of all rows, on every rank: each scores its part."""
+        distributed = dist.is_initialized() and dist.get_world_size() > 1
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
+        own = self.mixture.select(rows[rank::ranks])
+        scores = (
+            scorer.score(own, self.batch_size, allow_overlap=True) if len(own) else torch.empty(0, len(self.probes))
+        )
+        if not distributed:
+            return scores
+        parts: list[torch.Tensor] = [scores] * ranks
+        dist.all_gather_object(parts, scores)
+        result = torch.empty(len(rows), len(self.probes), dtype=torch.float64)
+        for number, part in enumerate(parts):
+            result[number::ranks] = part
+        return result
+
+    # State
+
+    def _store(self, state) -> None:
+        super()._store(state)
+        seconds = self._seconds + (time.perf_counter() - self._began if self._began else 0.0)
+        state.stateful_callbacks[STATE_KEY] = {
+            "settings": self._settings(),
+            "rounds": [asdict(found) for found in self.rounds],
+            "seconds": seconds,
+            "scoring": self._scoring,
+        }
+
+    def _settings(self) -> dict:
+        names = (
+            "every", "curvature", "reject", "rule", "reweigh", "candidates_per_source", "scores", "floor", "seed",
+            "delay_steps",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"probes": list(self.probes)}
+
+    def _restore(self, args, state) -> None:
+        super()._restore(args, state)
+        saved = state.stateful_callbacks.get(STATE_KEY)
+        if saved is None:
+            raise ValueError(f"the checkpoint of step {state.global_step} was trained without influence resampling")
+        for name, value in self._settings().items():
+            if saved["settings"].get(name) != value:
+                raise ValueError(
+                    f"the checkpoint of step {state.global_step} was resampled with {name}="
+                    f"{saved['settings'].get(name)!r}, not {value!r}: resume with its settings"
+                )
+        self.rounds = [Round(**found) for found in saved["rounds"]]
+        self._seconds, self._scoring = saved["seconds"], saved["scoring"]
+        keep = self.mixture.kept()
+        self._keep = np.ones(self.mixture.num_rows, dtype=bool) if keep is None else keep
+
+
+def _check_choice(name: str, value: object, choices: Sequence) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
