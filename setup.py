@@ -14,9 +14,10 @@ EXTRAS = {
     # What kronfluence needs for the EK-FAC curvature. It is installed itself with --no-deps, since it also declares
     # torchvision, whose newest build replaces torch.
     "ekfac": ["einconv>=0.1", "einops>=0.8", "opt-einsum>=3.4"],
+    "zst": ["zstandard>=0.22"],  # data files that are compressed so, as some of the paper's are
     "lint": ["ruff==0.17.6"],
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", *EXTRAS["plots"], *EXTRAS["peft"], *EXTRAS["ekfac"]]
+EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", *EXTRAS["plots"], *EXTRAS["peft"], *EXTRAS["ekfac"], *EXTRAS["zst"]]
 
 setup(
     name="mobilellm_hf",

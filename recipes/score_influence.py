@@ -71,7 +71,7 @@ class ScoreInfluenceArguments:
     )
     sources: list[dict] = field(
         default_factory=list,
-        metadata={"help": "YAML only: what is scored: {name: CORPUS, ...} as load_corpus takes it, or {rows: FOLDER}"},
+        metadata={"help": "YAML only: what is scored: {name: CORPUS}, {catalog: SOURCE} or {rows: FOLDER}"},
     )
     probes: dict = field(default_factory=dict, metadata={"help": "YAML only: capability -> list of such sources"})
     tokenizer: str | None = field(
@@ -145,7 +145,7 @@ def check(args: ScoreInfluenceArguments) -> list[ScoringCheckpoint]:
 
 def load_tokenizer(args: ScoreInfluenceArguments, checkpoints: list[ScoringCheckpoint]):
     """The tokenizer, or None if only saved rows are scored and the checkpoint has none."""
-    needed = any("name" in entry for entries in (args.sources, *args.probes.values()) for entry in entries)
+    needed = any("rows" not in entry for entries in (args.sources, *args.probes.values()) for entry in entries)
     name, revision = args.tokenizer, None
     if name is None:
         name, revision = checkpoints[0].name, checkpoints[0].revision

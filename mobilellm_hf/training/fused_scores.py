@@ -40,6 +40,15 @@ class FusedScores:
         self._ids: list[torch.Tensor] = []
         self._scores: list[torch.Tensor] = []
 
+    def check_loss(self) -> None:
+        """Raises a ValueError if the model trains on another loss than its own NLL. To be called before it trains."""
+        replaced = [module for module in self.model.modules() if {"fused_loss", "_loss_function"} & set(vars(module))]
+        if replaced and self._influence is None:
+            raise ValueError(
+                "scores='fused' are those of the loss that is trained on, and another callback has replaced the "
+                "model's own (distillation does): use scores='separate'"
+            )
+
     def _note(self, module, args, kwargs) -> None:
         if self._influence is not None and torch.is_grad_enabled():
             self._pending.append(self._row_ids.current.cpu())

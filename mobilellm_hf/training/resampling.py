@@ -130,6 +130,10 @@ class InfluenceResamplingCallback(MixtureCallback):
             if state.global_step >= self.every:
                 self._fused.resume(state.global_step, list(self.probes))
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._fused is not None:
+            self._fused.check_loss()
+
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self._fused is not None:
             self._fused.collect()

@@ -260,7 +260,7 @@ def join(row):
 
 
 def shout(row):
-    return row["question"].upper() + row["missing"]
+    return row["question"] + (row["missing"] if row["answer"] == 2 else LONG)
 
 
 def count(row):
@@ -282,7 +282,7 @@ def test_text_of_composes_the_text_from_several_columns(folder, name, streaming)
 def test_text_of_that_fails_names_the_row_and_the_columns(folder):
     name = write_lines(folder / "pairs.jsonl", [{"question": f"q{n}", "answer": n} for n in range(3)])
     for streaming in (False, True):
-        with pytest.raises(CorpusError, match=r"pairs.jsonl, row 0 \(columns: question, answer\): .*KeyError: 'missi"):
+        with pytest.raises(CorpusError, match=r"pairs.jsonl, row 2 \(columns: question, answer\): .*KeyError: 'missi"):
             list(load_corpus(name, text_of=shout, streaming=streaming))
     with pytest.raises(CorpusError, match="row 0 .* returned a int, not a string"):
         load_corpus(name, text_of=count)

@@ -1,12 +1,13 @@
 """Rows packed on the fly against `tokenize_and_pack`, in order and out of it, and in workers of a DataLoader."""
 
+import json
 import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, interleave_datasets, load_dataset
+from datasets import Dataset, IterableDataset, interleave_datasets
 from torch.utils.data import DataLoader
 
 from mobilellm_hf import MobileLLMConfig
@@ -68,7 +69,7 @@ def test_rows_by_number_read_no_more_than_they_must(tokenizer, monkeypatch):
         stream.rows([-1])
 
 
-def test_the_end_of_a_stream_is_an_error_unless_it_repeats(tokenizer):
+def test_the_end_of_a_stream_is_an_error_unless_it_repeats(tokenizer, monkeypatch):
     dataset = documents(40, 2)
     expected, report = packed(dataset, tokenizer, 32)
     count = len(expected)
@@ -83,7 +84,14 @@ def test_the_end_of_a_stream_is_an_error_unless_it_repeats(tokenizer):
     wanted = [0, count - 1, count, 2 * count + 3]
     assert as_lists(again.rows(wanted)) == [expected[n % count] for n in wanted]
     assert again.passes == 2 and again.report == report
-    # Back, and then to a pass whose start is now known.
+    # Anew, and at once to a pass whose start is now known.
+    far = pickle.loads(pickle.dumps(again))
+    assert as_lists(far.rows([5 * count + 2])) == [expected[2]]
+    opened = []
+    one_pass = PackedStream._one_pass
+    monkeypatch.setattr(PackedStream, "_one_pass", lambda self, n: opened.append(n) or one_pass(self, n))
+    assert as_lists(pickle.loads(pickle.dumps(again)).rows([5 * count + 2, 7 * count])) == [expected[2], expected[0]]
+    assert opened == [5, 6, 7]
     assert as_lists(again.rows([1, 5 * count + 2])) == [expected[1], expected[2]]
     assert again.passes == 5
     endless = iter(again)
@@ -120,6 +128,13 @@ def test_a_stream_of_several_is_packed_as_one(tokenizer):
     assert as_lists(PackedStream(joined, tokenizer, 16)) == packed(in_turn, tokenizer, 16)[0]
 
 
+def unbuffered_lines(path):
+    """Documents from a file of which a process that was forked while it was read would take the next."""
+    with open(path, "rb", buffering=0) as file:
+        while line := file.readline():
+            yield json.loads(line)
+
+
 class Draws(torch.utils.data.Dataset):
     """As a mixture takes rows: by number, in the workers of a DataLoader."""
 
@@ -138,7 +153,7 @@ def test_each_worker_of_a_loader_reads_the_whole_stream(tokenizer, tmp_path, con
     dataset = documents(120, 6)
     dataset.to_json(tmp_path / "part.jsonl")
     expected = [row["input_ids"] for row in packed(dataset, tokenizer, 16)[0]]
-    source = load_dataset("json", data_files=str(tmp_path / "part.jsonl"), split="train", streaming=True)
+    source = IterableDataset.from_generator(unbuffered_lines, gen_kwargs={"path": str(tmp_path / "part.jsonl")})
     stream = PackedStream(source, tokenizer, 16, repeat=True)
     stream.rows([3])  # opened in the parent, at a place that no worker must go on from
     draws = Draws(stream, len(expected) + 20)

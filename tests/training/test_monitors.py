@@ -1,17 +1,22 @@
 """Probe NLL and the non-finite stop, in the stock Trainer."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.nll import mean_nll
 from mobilellm_hf.training import NonFiniteLossError, ProbeNLLCallback, StopOnNonFiniteLoss
-from mobilellm_hf.training.monitors import probe_history
-from mobilellm_hf.training.plots import plot_probe_nll
+from mobilellm_hf.training.monitors import add_before_trackers, own_batches, probe_history
+from mobilellm_hf.training.rank_me import RankMeCallback
 
 
 def build() -> MobileLLMForCausalLM:
@@ -92,8 +97,86 @@ def test_the_stop_refuses_a_trainer_that_hides_nan(tmp_path, hiding, message):
         trainer.train()
 
 
-def test_the_picture_of_probe_nll_changes_with_the_curves(tmp_path):
-    for name, value in (("a.png", 2.0), ("b.png", 1.0)):
-        curves = {"code": [(0, 9.0), (5, 3.0), (10, value)]}
-        plot_probe_nll({"influence mix": curves, "uniform mix": curves}, tmp_path / name, tokens_per_step=4096)
-    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+class Tracker(TrainerCallback):
+    """What a tracker would be sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.sent.append((state.global_step, {key: logs[key] for key in logs if key.startswith(("probe", "rank"))}))
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+def test_figures_reach_those_that_look_at_logs_at_their_own_step(tmp_path):
+    before, after = Tracker(), Tracker()
+    probe = ProbeNLLCallback({"code": rows(3, seed=1)}, every=3)
+    options = arguments(tmp_path, max_steps=7, logging_steps=5)
+    trainer = Trainer(build(), options, train_dataset=rows(16), callbacks=[before, probe, after])
+    rank = RankMeCallback(rows(20), every=3, positions=50)
+    add_before_trackers(trainer, rank)
+    assert trainer.callback_handler.callbacks[0] is rank
+    trainer.train()
+    history = dict(probe_history(trainer.state.log_history)["code"])
+    assert list(history) == [0, 3, 6, 7]
+    assert [(step, figures) for step, figures in after.sent if "probe_nll/code" in figures] == [
+        (step, {"probe_nll/code": value, "rank_me": figures["rank_me"]})
+        for step, value in history.items() if step
+        for logged, figures in after.sent if logged == step and figures
+    ]  # fmt: skip
+    assert [step for step, figures in before.sent if figures] == [3, 6, 7]
+    assert not any("probe_nll/code" in figures for _, figures in before.sent)
+    assert (5, {}) in after.sent  # a log of a step without figures repeats none
+    # An unusual step of logging changes none of the losses' means.
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    assert list(losses) == [3, 5, 6, 7]
+
+
+def test_probes_are_collated_once_and_a_silent_run_stays_silent(tmp_path, monkeypatch):
+    collated = []
+    from mobilellm_hf.training import monitors
+
+    monkeypatch.setattr(monitors, "collate", lambda batch: collated.append(batch) or original(batch))
+    original = sys.modules["mobilellm_hf.nll"].collate
+    probe = ProbeNLLCallback({"code": rows(5, seed=1)}, every=1, batch_size=2)
+    tracker = Tracker()
+    options = arguments(tmp_path, logging_strategy="no")
+    trainer = Trainer(build(), options, train_dataset=rows(16), callbacks=[probe, tracker])
+    trainer.train()
+    assert len(collated) == 3 and len(probe_history(trainer.state.log_history)["code"]) == 5
+    assert [step for step, figures in tracker.sent if figures] == [4]  # the summary at the end, which always comes
+    trainer = Trainer(build(), options, train_dataset=rows(16), callbacks=[Stop(), ProbeNLLCallback(probe.probes, 2)])
+    trainer.add_callback(tracker := Tracker())
+    trainer.train()
+    assert trainer.state.global_step == 3 and not any(figures for _, figures in tracker.sent)  # those of step 2
+    unpredicted = rows(2).map(lambda row: {"labels": [-100] * 12})
+    with pytest.raises(ValueError, match="no predicted token"):
+        ProbeNLLCallback({"code": unpredicted}, every=1).measure(build())
+
+
+def test_rows_of_different_lengths_and_a_small_last_batch():
+    data = Dataset.from_list([row if n % 2 else {k: v[:7] for k, v in row.items()} for n, row in enumerate(rows(5))])
+    measured = ProbeNLLCallback({"code": data}, every=1, batch_size=2).measure(build().train())
+    assert measured["probe_nll/code"] == pytest.approx(mean_nll(build(), data), rel=1e-6)
+    assert [weight for _, weight in own_batches(data, 2)] == [1.0] * 3
+
+
+def test_two_processes_share_the_work_and_agree_with_one(tmp_path):
+    data = rows(20, seed=3)
+    data.save_to_disk(tmp_path / "rows")
+    expected = ProbeNLLCallback({"code": data, "one row": data.select([0])}, 1, 4).measure(build())
+    expected |= RankMeCallback(data, every=1, positions=60, batch_size=4).measure(build())
+    worker = Path(__file__).with_name("monitor_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, str(worker), str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for way in ("whole", "fsdp2"):
+        ranks = [json.loads((tmp_path / f"{way}-{rank}.json").read_text()) for rank in range(2)]
+        assert ranks[0]["figures"] == ranks[1]["figures"] == pytest.approx(expected, rel=1e-5)
+        # Five batches, one batch, and the first 240 tokens of rows, of four rows each: half each, rounded up.
+        assert ranks[0]["forwards"] == ranks[1]["forwards"] == 3 + 1 + 3

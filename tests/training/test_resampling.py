@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from mixture_cases import CAPABILITIES, build, drawn, mixture, probes, rows, train, training_rows
-from transformers import AutoModelForCausalLM
+from mixture_cases import CAPABILITIES, arguments, build, drawn, mixture, probes, rows, train, training_rows
+from transformers import AutoModelForCausalLM, Trainer
 
 from mobilellm_hf.influence import AdamCurvature, InfluenceScorer
-from mobilellm_hf.training import InfluenceResamplingCallback
+from mobilellm_hf.training import DistillationCallback, InfluenceResamplingCallback
 
 
 def resampling(data=None, **options) -> InfluenceResamplingCallback:
@@ -177,6 +177,36 @@ def test_what_does_not_fit_the_run_is_refused_at_its_start(tmp_path):
         train(tmp_path, InfluenceResamplingCallback(mixture(), {"easy": foreign}, 5, delay_steps=2))
     with pytest.raises(ValueError, match="scores='fused' needs remove_unused_columns=False"):
         train(tmp_path, resampling(scores="fused"), remove_unused_columns=True)
+
+
+@pytest.mark.parametrize("first", ["distillation", "resampling"])
+def test_fused_scores_and_distillation_refuse_each_other_before_a_step(tmp_path, first):
+    callbacks = [DistillationCallback(build()), resampling(scores="fused")]
+    callbacks = callbacks if first == "distillation" else callbacks[::-1]
+    data = next(callback.mixture for callback in callbacks if hasattr(callback, "mixture"))
+    trainer = Trainer(build(), arguments(tmp_path), train_dataset=data, callbacks=callbacks)
+    with pytest.raises(ValueError, match="another callback has replaced the model's own"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_distillation_and_resampling_share_a_run(tmp_path):
+    """Rounds score the plain NLL, whatever the model trains on; the loss of each source is its NLL too."""
+    callback = resampling()
+    model, data = build(), callback.mixture
+    trainer = Trainer(
+        model, arguments(tmp_path), train_dataset=data, callbacks=[DistillationCallback(build("llama")), callback]
+    )
+    trainer.train()
+    assert [found.step for found in callback.rounds] == [5, 10, 15]
+    table = pyarrow.parquet.read_table(tmp_path / "mixture" / "round-10.parquet")
+    scores = scored_by_hand(tmp_path / "checkpoint-10", table["row_id"].to_numpy())
+    saved = np.stack([table[name].to_numpy() for name in CAPABILITIES], 1)
+    assert np.linalg.norm(saved - scores.numpy()) < 1e-5 * np.linalg.norm(saved)
+    for entry in trainer.state.log_history[:-1]:
+        losses = [value for name, value in entry.items() if name.startswith("loss/")]
+        assert min(losses) <= entry["distillation/nll"] <= max(losses)
+        assert entry["loss"] == pytest.approx(entry["distillation/kl"], rel=1e-4)
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path):
