@@ -69,6 +69,7 @@ class StageArguments:
     alpha: float = _help("share of the KL divergence in the loss; the NLL has the rest", 1.0)
     vocabulary: Literal["same", "shared_prefix"] = _help("shared_prefix if only their padding differs", "same")
     resample_every: int | None = _help("steps between two rounds of influence resampling; none by default")
+    resample_at_start: bool = _help("a round before the first step, as the paper's phases begin", False)
     curvature: Literal["adam", "identity"] = _help("H of equation (2) in resampling", "adam")
     reject: Literal["nonpositive", "none"] = _help("samples that are dropped (equation 6)", "nonpositive")
     reject_rule: str = _help("whose influence must be positive: mean, any, or a capability", "mean")
@@ -98,8 +99,8 @@ class StageArguments:
         for capability, entries in self.probes.items():
             check_entries(f"probes.{capability}", entries)
         self._check_numbers()
-        if self.resample_every is not None and not self.probes:
-            raise ValueError("resample_every needs probes, on which influence is measured")
+        if self.resamples() and not self.probes:
+            raise ValueError("influence resampling (resample_at_start, resample_every) needs probes")
         if self.reject_rule not in ("mean", "any", *self.probes):
             raise ValueError(f"reject_rule={self.reject_rule!r} must be mean, any or one of {', '.join(self.probes)}")
 
@@ -117,6 +118,9 @@ class StageArguments:
 
     def distils(self) -> bool:
         return self.teacher is not None or self.teacher_cache is not None
+
+    def resamples(self) -> bool:
+        return self.resample_at_start or self.resample_every is not None
 
     def released_name(self) -> str:
         """The name of the stage's model, as on the Hub: MobileLLM-R1-140M-pretrain-stage1."""

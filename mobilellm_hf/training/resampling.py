@@ -1,13 +1,13 @@
 """Influence resampling: every so many steps, the model that is being trained decides what it reads next.
 
-    callback = InfluenceResamplingCallback(mixture, {"code": code, "math": math}, every=1_000)
+    callback = InfluenceResamplingCallback(mixture, probes, at_start=True)    # once, as the paper's phases begin
+    callback = InfluenceResamplingCallback(mixture, probes, every=1_000)      # continuous use
     Trainer(model, arguments, train_dataset=mixture, callbacks=[callback])
 
 A round scores candidates of every source with the model as it is (equation 2), rejects those that help no more
 (equation 6), weighs the sources anew (equations 4 and 5), and applies both from a draw that no worker has fetched.
-One round in the middle of a run is the paper's phases; many are continuous use. A phase that has nothing left to
-teach says so and ends. Rounds are a function of the weights and the seed alone, so a run that was killed repeats them
-to the bit; all ranks share the scoring and decide alike.
+A phase that has nothing left to teach says so and ends. Rounds are a function of the weights and the seed alone, so a
+run that was killed repeats them to the bit; all ranks share the scoring and decide alike.
 """
 
 import logging
@@ -47,9 +47,11 @@ class InfluenceResamplingCallback(MixtureCallback):
     Args:
         mixture: the Trainer's `train_dataset`.
         probes: capability -> tokenized rows that nobody trains on.
-        every: steps between two rounds.
-        curvature: "adam" (the optimizer's second moments) or "identity".
+        every: steps between two rounds; None: no round but at the start.
+        curvature: "adam" (the optimizer's second moments; before its first step it has none, and a round at the start
+            goes without) or "identity".
         reject: "nonpositive" as equation (6), or None to reweigh only.
+        at_start: a round before the first step, whose decisions hold for every draw: equations (6) and (7).
         rule: whose influence must be positive: the "mean" over capabilities, "any", or one of them.
         reweigh: whether sources get new weights; if not, samples are rejected only.
         candidates_per_source: rows of each source that a round scores, chosen at random; None: all. Rows that are not
@@ -73,10 +75,11 @@ class InfluenceResamplingCallback(MixtureCallback):
         self,
         mixture: MixtureDataset,
         probes: Mapping[str, Dataset],
-        every: int,
+        every: int | None = None,
         curvature: Literal["adam", "identity"] = "adam",
         reject: Literal["nonpositive"] | None = "nonpositive",
         *,
+        at_start: bool = False,
         rule: str = "mean",
         reweigh: bool = True,
         candidates_per_source: int | None = 256,
@@ -96,22 +99,26 @@ class InfluenceResamplingCallback(MixtureCallback):
         _check_choice("reject", reject, ("nonpositive", None))
         _check_choice("scores", scores, ("separate", "fused"))
         _check_choice("rule", rule, ("mean", "any", *probes))
-        if every < 1 or not probes or not 0 <= floor < 1:
+        if (every is not None and every < 1) or not probes or not 0 <= floor < 1:
             raise ValueError(f"every={every} must be positive, probes={list(probes)} not empty, floor={floor} a share")
+        if every is None and not at_start:
+            raise ValueError("give every, or at_start=True: else there is no round")
         if reject is None and not reweigh:
             raise ValueError("with reject=None and reweigh=False a round would change nothing")
-        self.probes, self.every, self.curvature, self.reject = dict(probes), every, curvature, reject
+        self.probes, self.every, self.at_start = dict(probes), every, at_start
+        self.curvature, self.reject = curvature, reject
         self.rule, self.reweigh, self.candidates_per_source, self.scores = rule, reweigh, candidates_per_source, scores
         self.floor, self.min_positive, self.min_spread = floor, min_positive, min_spread
         self.allow_overlap, self.batch_size, self.seed, self.on_round = allow_overlap, batch_size, seed, on_round
         self.rounds: list[Round] = []
         self._keep = np.ones(mixture.num_rows, dtype=bool)
+        self._logged = 0  # rounds
         self._fused: FusedScores | None = None
         self._began = self._seconds = self._scoring = 0.0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == 0:
-            self.rounds, self._seconds, self._scoring = [], 0.0, 0.0
+            self.rounds, self._logged, self._seconds, self._scoring = [], 0, 0.0, 0.0
         super().on_train_begin(args, state, control, model=model, **kwargs)
         model = unwrap(model)
         check_parameters(model)
@@ -120,15 +127,17 @@ class InfluenceResamplingCallback(MixtureCallback):
         if not self.allow_overlap:
             remedy = "Take them out of the mixture or the probes, or pass allow_overlap=True."
             refuse_overlap(self.mixture.select(np.arange(self.mixture.num_rows)), self.probes, remedy)
-        if self.every + self.delay_steps >= state.max_steps:
+        if self.every is not None and self.every + self.delay_steps >= state.max_steps:
             raise ValueError(
                 f"every={self.every} and delay_steps={self.delay_steps} leave no round in {state.max_steps} steps"
             )
         self._began = time.perf_counter()
         if self.scores == "fused":
             self._fused = FusedScores(model, self.mixture, Path(self.mixture.keep_folder))
-            if state.global_step >= self.every:
+            if state.global_step > 0 and (self.at_start or state.global_step >= self.every):
                 self._fused.resume(state.global_step, list(self.probes))
+        if self.at_start and state.global_step == 0:
+            self._round(args, state, control, model, optimizer, from_draw=0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._fused is not None:
@@ -137,9 +146,10 @@ class InfluenceResamplingCallback(MixtureCallback):
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self._fused is not None:
             self._fused.collect()
-        last = state.max_steps - self.delay_steps
-        if state.global_step % self.every == 0 and state.global_step < last:
-            self._round(args, state, control, unwrap(model), optimizer)
+        first_draw = (state.global_step + self.delay_steps) * draws_per_step(args)
+        due = self.every is not None and state.global_step % self.every == 0
+        if due and first_draw < state.max_steps * draws_per_step(args):
+            self._round(args, state, control, unwrap(model), optimizer, first_draw)
         if self._fused is not None and control.should_save:
             self._fused.save(state.global_step)
 
@@ -155,12 +165,13 @@ class InfluenceResamplingCallback(MixtureCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
-        if logs is not None and "loss" in logs and self.rounds and self.rounds[-1].step == state.global_step:
+        if logs is not None and "loss" in logs and len(self.rounds) > self._logged:
+            self._logged = len(self.rounds)
             add_figures(state, logs, self.rounds[-1].figures())
 
     # A round
 
-    def _round(self, args, state, control, model: PreTrainedModel, optimizer) -> None:
+    def _round(self, args, state, control, model: PreTrainedModel, optimizer, from_draw: int) -> None:
         start = time.perf_counter()
         rows, scores = self._fused.take() if self._fused is not None else (None, None)
         scorer = InfluenceScorer(model, self.probes, self._curvature(optimizer, model), batch_size=self.batch_size)
@@ -170,10 +181,10 @@ class InfluenceResamplingCallback(MixtureCallback):
         else:
             self._fused.listen(scorer, state.global_step)
         if len(rows):
-            self._apply(args, state, control, rows, scores, start)
+            self._apply(state, control, rows, scores, start, from_draw)
         self._scoring += time.perf_counter() - start
 
-    def _apply(self, args, state, control, rows: np.ndarray, scores: torch.Tensor, start: float) -> None:
+    def _apply(self, state, control, rows: np.ndarray, scores: torch.Tensor, start: float, from_draw: int) -> None:
         step, mixture = state.global_step, self.mixture
         found, keep, weights = decide(self, step, rows, scores, self._keep)
         found.cost = self._cost(time.perf_counter() - start)
@@ -184,10 +195,8 @@ class InfluenceResamplingCallback(MixtureCallback):
             logger.warning("step %d: %s; the phase ends here", step, found.ended)
         else:
             self._keep = keep
-            found.from_draw = mixture.set_weights(
-                weights, (step + self.delay_steps) * draws_per_step(args), None if keep.all() else keep
-            )
-        control.should_log = True
+            found.from_draw = mixture.set_weights(weights, from_draw, None if keep.all() else keep)
+        control.should_log = step > 0
         self._store(state)
         if self.on_round is not None:
             self.on_round(found)
@@ -198,7 +207,9 @@ class InfluenceResamplingCallback(MixtureCallback):
         return spent / max(1e-9, self._seconds + time.perf_counter() - self._began)
 
     def _curvature(self, optimizer, model: PreTrainedModel):
-        return "identity" if self.curvature == "identity" else AdamCurvature.from_optimizer(optimizer, model)
+        if self.curvature == "identity" or not optimizer.state_dict()["state"]:
+            return "identity"
+        return AdamCurvature.from_optimizer(optimizer, model)
 
     def _candidates(self, step: int) -> np.ndarray:
         """(rows,) the `row_id` of the rows that this round scores, sorted."""
@@ -242,8 +253,8 @@ class InfluenceResamplingCallback(MixtureCallback):
 
     def _settings(self) -> dict:
         names = (
-            "every", "curvature", "reject", "rule", "reweigh", "candidates_per_source", "scores", "floor", "seed",
-            "delay_steps",
+            "every", "at_start", "curvature", "reject", "rule", "reweigh", "candidates_per_source", "scores",
+            "floor", "seed", "delay_steps",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"probes": list(self.probes)}
 
@@ -259,6 +270,7 @@ class InfluenceResamplingCallback(MixtureCallback):
                     f"{saved['settings'].get(name)!r}, not {value!r}: resume with its settings"
                 )
         self.rounds = [Round(**found) for found in saved["rounds"]]
+        self._logged = len(self.rounds)
         self._seconds, self._scoring = saved["seconds"], saved["scoring"]
         keep = self.mixture.kept()
         self._keep = np.ones(self.mixture.num_rows, dtype=bool) if keep is None else keep

@@ -139,7 +139,7 @@ def build_callbacks(
                 shard_teacher=args.shard_teacher,
             )  # fmt: skip
         )
-    if args.resample_every is None:
+    if not args.resamples():
         callbacks.append(MixtureCallback(mixture, args.delay_steps))
     else:
         callbacks.append(
@@ -149,6 +149,7 @@ def build_callbacks(
                 args.resample_every,
                 args.curvature,
                 None if args.reject == "none" else args.reject,
+                at_start=args.resample_at_start,
                 rule=args.reject_rule,
                 reweigh=args.reweigh,
                 candidates_per_source=args.candidates_per_source,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from mobilellm_hf.modeling import loss_mobilellm
 from mobilellm_hf.training.distillation import DistillationCallback
+from mobilellm_hf.training.teacher import Teacher
 from mobilellm_hf.training.teacher_cache import TeacherCache
 
 loss_mobilellm.LOSS_CHUNK_ELEMENTS = 5 * 64  # several chunks
@@ -71,7 +72,12 @@ def fsdp2(folder: Path, kind: str, teacher: str, processes: int) -> dict:
         callback.on_log(args, state, None, logs={"loss": loss.item()})
         logs.append([state.log_history[-1][f"distillation/{part}"] for part in ("kl", "nll")])
     callback.on_train_end(args, state, None)
-    return outcome(student, logs)
+    found = outcome(student, logs)
+    if processes > 1 and isinstance(callback._ready, Teacher):
+        callback._ready.states(batch)  # after which nothing of it stays whole
+        parameters = callback._ready.model.parameters()
+        found["teacher_sharded"] = all(isinstance(parameter, DTensor) for parameter in parameters)
+    return found
 
 
 def outcome(student: torch.nn.Module, logs: list) -> dict:

@@ -294,6 +294,7 @@ def test_two_processes_train_as_one(two_processes, case):
     expected = alone(folder, kind, "whole" if teacher != "cached" else teacher, 1)
     found, start = results[case], dict(build(kind).named_parameters())
     assert found["sharded"] == (way == "fsdp2")
+    assert found.get("teacher_sharded", False) == (way == "fsdp2" and teacher in ("named", "sharded"))
     for name, value in found["parameters"].items():
         assert distance(value - start[name], expected["parameters"][name] - start[name]) < 1e-4, name
     for ours, theirs in zip(found["logs"], expected["logs"], strict=True):

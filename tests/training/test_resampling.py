@@ -61,6 +61,22 @@ def test_a_round_decides_by_the_equations_and_what_follows_is_drawn_so(tmp_path,
         assert abs((between == name).sum() - len(between) * weight) <= 3
 
 
+def test_a_round_at_the_start_decides_for_every_draw(tmp_path):
+    callback = resampling(at_start=True, every=None, candidates_per_source=None)
+    model = build()
+    model.save_pretrained(tmp_path / "start")
+    trainer, read = train(tmp_path, callback, model, max_steps=10)
+    (found,) = callback.rounds
+    assert (found.step, found.from_draw, found.scored) == (0, 0, 160)
+    joint = scored_by_hand(tmp_path / "start", np.arange(160), "identity").mean(-1).numpy()
+    assert np.array_equal(callback.mixture.kept(), joint > 0)
+    assert read == drawn(callback.mixture)[:80]
+    assert trainer.state.log_history[0]["influence/positive"] == pytest.approx((joint > 0).mean())
+    resumed = resampling(at_start=True, every=None, candidates_per_source=None)
+    _, rest = train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-5"), max_steps=10)
+    assert rest == read[40:] and len(resumed.rounds) == 1
+
+
 def test_helpful_sources_gain_and_noise_loses(tmp_path):
     callback = resampling()
     trainer, _ = train(tmp_path, callback, max_steps=20)
@@ -76,14 +92,14 @@ def test_helpful_sources_gain_and_noise_loses(tmp_path):
 
 
 @pytest.mark.parametrize("scores", ["separate", "fused"])
-@pytest.mark.parametrize("stop", [5, 8, 10])
-def test_a_resumed_run_ends_with_the_same_weights_draws_and_rounds(tmp_path, scores, stop):
-    whole = resampling(scores=scores)
+@pytest.mark.parametrize("stop, at_start", [(5, False), (8, False), (10, False), (3, True)])
+def test_a_resumed_run_ends_with_the_same_weights_draws_and_rounds(tmp_path, scores, stop, at_start):
+    whole = resampling(scores=scores, at_start=at_start)
     trainer, read = train(tmp_path / "whole", whole, save_steps=1)
-    resumed = resampling(scores=scores)
+    resumed = resampling(scores=scores, at_start=at_start)
     checkpoint = tmp_path / "whole" / f"checkpoint-{stop}"
     if scores == "fused":  # what is kept beside the checkpoints is that of the newest
-        train(tmp_path / "cut", resampling(scores=scores), max_steps=20, save_steps=1, stop_at=stop)
+        train(tmp_path / "cut", resampling(scores=scores, at_start=at_start), save_steps=1, stop_at=stop)
         checkpoint = tmp_path / "cut" / f"checkpoint-{stop}"
     again, rest = train(checkpoint.parent, resumed, resume=str(checkpoint), save_steps=1)
     assert rest == read[8 * stop :]
@@ -161,6 +177,7 @@ def test_rows_that_are_also_in_a_probe_are_refused(tmp_path):
         (dict(reject="all"), "reject='all'"),
         (dict(scores="free"), "scores='free'"),
         (dict(every=0), "every=0 must be positive"),
+        (dict(every=None), "give every, or at_start=True"),
         (dict(reject=None, reweigh=False), "would change nothing"),
     ],
 )
