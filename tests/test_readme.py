@@ -1,5 +1,6 @@
 """Every Python block of README runs as it is printed, but for what needs the network or a finished quickstart."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = dict(zip(("load", "train", "score", "release"), re.findall(r"```python\n(.*?)```", README, re.S)))
+BLOCKS = dict(zip(("load", "train", "midtrain", "score", "release"), re.findall(r"```python\n(.*?)```", README, re.S)))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,15 @@ def run_block(tmp_path_factory):
     return run
 
 
-def test_there_are_four_uses():
-    assert README.count("```python") == len(BLOCKS) == 4
+def test_there_are_five_uses():
+    assert README.count("```python") == len(BLOCKS) == 5
+
+
+def test_midtraining_reweighs_the_sources(run_block):
+    output = run_block("midtrain")
+    weights = ast.literal_eval(re.search(r"^({.*?}) {'stdlib': SourceDraw", output, re.M)[1])
+    assert sum(weights.values()) == pytest.approx(1) and weights["stdlib"] != 0.5
+    assert "influence/positive" in output and "distillation/kl" in output
 
 
 def test_what_train_saved_is_loaded_and_generates(run_block):

@@ -33,3 +33,17 @@ def probe_nll_table(final: Mapping[str, Mapping[str, float]]) -> Table:
         better = left_name if ours < theirs else right_name if theirs < ours else "equal"
         table.add_row(label, f"{ours:.4f}", f"{theirs:.4f}", f"{ours - theirs:+.4f}", better)
     return table
+
+
+def runs_table(title: str, final: Mapping[str, Mapping[str, float]]) -> Table:
+    """NLL of several runs on each probe and on average, the lowest of a line in bold. final: run -> probe -> NLL."""
+    table = Table(title=f"{title}, nats per token (lower is better)")
+    table.add_column("test files")
+    for name in final:
+        table.add_column(name, justify="right")
+    lines = {probe: [values[probe] for values in final.values()] for probe in next(iter(final.values()))}
+    lines["mean"] = [sum(values.values()) / len(values) for values in final.values()]
+    for label, values in lines.items():
+        cells = [f"[bold]{value:.4f}[/bold]" if value == min(values) else f"{value:.4f}" for value in values]
+        table.add_row(label, *cells)
+    return table

@@ -278,8 +278,8 @@ def _check_same(folder: Path, manifest: dict) -> None:
     for field, value in manifest.items():
         if found.get(field) != value:
             raise ValueError(
-                f"{folder} holds the cache of something else: {field} is {found.get(field)!r} there and {value!r} here; "
-                "use what it was made of, or another folder"
+                f"{folder} holds the cache of something else: {field} is {found.get(field)!r} there and {value!r} "
+                "here; use what it was made of, or another folder"
             )
 
 

@@ -11,6 +11,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from mobilellm_hf.data.mixture import MixtureDataset
+from mobilellm_hf.data.packing import tokenize_and_pack
+from mobilellm_hf.data.streaming import PackedStream
+from mobilellm_hf.data.tokenization import train_tokenizer
 
 SIZES = {"a": 300, "b": 500, "c": 40}
 SOURCES = np.repeat(list(SIZES), list(SIZES.values()))
@@ -206,3 +209,34 @@ def test_a_source_without_rows_cannot_be_drawn(tmp_path):
         MixtureDataset(Dataset.from_dict({"text": ["x"], "source": ["a"]}), {"a": 1.0}, 10)
     with pytest.raises(IndexError):
         data[2000]
+
+
+def stream(**options):
+    """One source that is read as it comes, rows of six tokens that say which document they are of."""
+    tokenizer = train_tokenizer([f"number {number}" for number in range(1000)], 280, show_progress=False)
+    documents = Dataset.from_dict({
+        "text": [f"number {number} " * 3 for number in range(400)], "source": ["s"] * 400, "domain": ["d"] * 400,
+    }).to_iterable_dataset()  # fmt: skip
+    return PackedStream(documents, tokenizer, 6, repeat=True, **options)
+
+
+def test_a_stream_is_a_source_like_any_other():
+    expected = tokenize_and_pack(Dataset.from_list(list(stream().dataset)), stream().tokenizer, 6)[0]
+    parts = {"a": rows().filter(lambda row: row["source"] == "a"), "s": stream()}
+    data = MixtureDataset(parts, {"a": 0.25, "s": 0.75}, 800)
+    sources, places = data.locate(range(800))
+    read = data.__getitems__(list(range(800)))
+    own = [row["input_ids"].tolist() for row, source in zip(read, sources, strict=True) if source == 1]
+    assert own == [expected[number % len(expected)]["input_ids"] for number in range(len(own))]
+    assert places[sources == 1].tolist() == list(range(len(own))) and abs(len(own) - 600) < 16
+    data.emit_ids = True
+    assert data[int(np.flatnonzero(sources == 1)[0])]["row_id"] == -1 and data.num_rows == 300
+    loader = DataLoader(MixtureDataset(parts, {"a": 0.25, "s": 0.75}, 800), batch_size=16, num_workers=2)
+    assert [row for batch in loader for row in batch["input_ids"].tolist()] == [
+        row["input_ids"].tolist() for row in read
+    ]
+    again = MixtureDataset(parts, {"a": 0.25, "s": 0.75}, 800)
+    assert [row["input_ids"].tolist() for row in again.__getitems__(list(range(600, 800)))] == [
+        row["input_ids"].tolist() for row in read[600:]
+    ]
+    assert data.report()["s"].epochs == 0.0

@@ -11,11 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
+from safetensors.torch import load_file
+
+from mobilellm_hf.quickstart import load_extra_source
 
 ROOT = Path(__file__).parents[2]
-SMALL = "--steps 6 --proxy-steps 3 --rows-per-source 2 --rows-per-probe 2 --rows-per-test 2".split()
+SMALL = (
+    "--steps 6 --proxy-steps 3 --teacher-steps 2 --midtrain-steps 4 --rows-per-source 2 --rows-per-probe 2 "
+    "--rows-per-test 2"
+).split()
+LAST = {"influence-mix": 6, "uniform-mix": 6, "mid-training-1": 4, "mid-training-2": 4}
 
 
 def launch(folder: Path, *options: str) -> subprocess.Popen:
@@ -29,7 +37,7 @@ def launch(folder: Path, *options: str) -> subprocess.Popen:
 
 
 def history(folder: Path, run: str) -> list[dict]:
-    log = json.loads((folder / run / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((folder / run / f"checkpoint-{LAST[run]}" / "trainer_state.json").read_text())["log_history"]
     return [{key: value for key, value in entry.items() if key.startswith(("loss", "probe"))} for entry in log[:-1]]
 
 
@@ -44,12 +52,12 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def test_it_ends_with_a_table_pictures_and_a_model_that_generates(finished):
     folder, output = finished
-    assert "Held-out NLL" in output and "[7/7] report" in output
+    assert "Held-out NLL" in output and "[10/10] report" in output and "Mid-training on" in output
     weights = yaml.safe_load((folder / "influence" / "mixture.yaml").read_text())["weights"]
     assert len(weights) >= 6 and sum(weights.values()) == pytest.approx(1)
     scores = load_dataset("parquet", data_files=str(folder / "influence" / "scores.parquet"), split="train")
     assert len(scores) == 3 * len(weights) * 3  # checkpoints x sources x capabilities
-    for name in ("influence.png", "probe_nll.png", "README.md"):
+    for name in ("influence.png", "probe_nll.png", "midtraining.png", "README.md"):
         assert (folder / "model" / name).stat().st_size > 500
     code = (
         "import sys, mobilellm_hf; from transformers import AutoModelForCausalLM, AutoTokenizer;"
@@ -64,13 +72,29 @@ def test_it_ends_with_a_table_pictures_and_a_model_that_generates(finished):
 
 def test_the_table_and_the_card_say_which_mix_won(finished):
     folder, output = finished
-    last = {run: history(folder, run)[-1] for run in ("influence-mix", "uniform-mix")}
+    last = {run: history(folder, run)[-1] for run in LAST}
     means = {run: sum(v for k, v in e.items() if k.startswith("probe")) / 3 for run, e in last.items()}
-    winner = min(means, key=means.get)
+    winner = min(list(means)[:2], key=means.get)
     row = next(line for line in output.splitlines() if line.startswith("│ mean"))
     assert row.split("│")[-2].strip() == winner.replace("-", " ")
     assert f"{means['influence-mix']:.4f}" in row and f"{means['uniform-mix']:.4f}" in row
-    assert f"**{winner.replace('-', ' ')}**" in (folder / "model" / "README.md").read_text()
+    later = [line for line in output.splitlines() if line.startswith("│ mean")][1]
+    assert all(f"{means[run]:.4f}" in later for run in ("influence-mix", "mid-training-1", "mid-training-2"))
+    best = min(means, key=means.get)
+    name = best.replace("-", " ").replace("mid training", "mid-training")
+    assert f"**{name}**" in (folder / "model" / "README.md").read_text()
+    weights = load_file(folder / "model" / "model.safetensors")
+    trained = load_file(folder / best / f"checkpoint-{LAST[best]}" / "model.safetensors")
+    assert all(torch.equal(value, trained[key]) for key, value in weights.items())
+
+
+def test_midtraining_learns_from_the_teacher_and_rejects_rows(finished):
+    for phase in ("mid-training-1", "mid-training-2"):
+        state = json.loads((finished[0] / phase / "checkpoint-4" / "trainer_state.json").read_text())
+        assert all("distillation/kl" in entry for entry in state["log_history"] if "loss" in entry)
+        (found,) = state["stateful_callbacks"]["mobilellm_hf.resampling"]["rounds"]
+        assert found["step"] == 0 and 0 < found["positive"]["all"] <= 1
+        assert (found["rejected"] > 0) == (found["positive"]["all"] < 1)
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(finished, tmp_path):
@@ -91,7 +115,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(finished, tmp_path):
     output = process.communicate(timeout=900)[0]
     assert process.returncode == 0, output
     assert (tmp_path / "influence" / "scores.parquet").stat().st_mtime_ns == written  # scored once
-    for run in ("influence-mix", "uniform-mix"):
+    for run in LAST:
         assert history(tmp_path, run) == history(finished[0], run)
     weights = "model/model.safetensors"
     assert (tmp_path / weights).read_bytes() == (finished[0] / weights).read_bytes()
@@ -110,7 +134,6 @@ def quickstart(monkeypatch, tmp_path):
             module.main()
         return exit_info.value.code
 
-    run.module = module
     return run
 
 
@@ -151,10 +174,10 @@ def test_numbers_that_make_no_run_are_refused(quickstart, capsys, option):
     assert f"{option}: '0' is not a positive whole number" in capsys.readouterr().err
 
 
-def test_one_text_file_is_a_source_of_its_pieces_for_training_alone(quickstart, tmp_path):
+def test_one_text_file_is_a_source_of_its_pieces_for_training_alone(tmp_path):
     text = "".join(f"Line {number} of a text that is worth weighing.\n" for number in range(400))
     (tmp_path / "notes.txt").write_text(text)
-    pieces = quickstart.module.load_extra_source(f"math:{tmp_path / 'notes.txt'}")
+    pieces = load_extra_source(f"math:{tmp_path / 'notes.txt'}")
     assert "".join(pieces["text"][:]) == text and len(pieces) > 3
     assert set(pieces["source"][:]) == {"notes"} and set(pieces["domain"][:]) == {"math"}
 
