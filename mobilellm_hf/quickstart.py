@@ -23,7 +23,7 @@ from mobilellm_hf.data.embedded import SOURCES, load_embedded_corpus
 from mobilellm_hf.data.mixture import MixtureDataset
 from mobilellm_hf.data.packing import tokenize_and_pack
 from mobilellm_hf.data.tokenization import train_tokenizer
-from mobilellm_hf.influence import average_checkpoints, group_influence, mixture_weights
+from mobilellm_hf.influence import AdamCurvature, average_checkpoints, group_influence, mixture_weights
 from mobilellm_hf.influence.plots import plot_influence
 from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.progress import Stage, StageProgressCallback
@@ -83,7 +83,7 @@ class Settings:
 
 
 STUDENT = Shape(192, 512, 4, 3, 1)
-TEACHER = Shape(320, 896, 4, 5, 1)
+TEACHER = Shape(256, 704, 4, 4, 1)
 
 
 @dataclass
@@ -279,10 +279,12 @@ def midtrain(
     draws = settings.midtrain_steps * settings.batch_size
     mixture = MixtureDataset(rows["train"], weights, draws, seed=settings.seed + 1, block_size=settings.batch_size * 4)
     probes = {c: sample_rows(rows["probe"], s, settings.rows_per_probe, settings.seed) for c, s in PROBES.items()}
+    model = start.model().to(PartialState().device)
     resampling = InfluenceResamplingCallback(
         mixture,
         probes,
         at_start=True,
+        curvature=AdamCurvature.from_checkpoint(start.checkpoint, model),
         candidates_per_source=settings.rows_per_source,
         batch_size=8,
         seed=settings.seed,
@@ -290,7 +292,7 @@ def midtrain(
     )
     distillation = DistillationCallback(teacher.model().to(PartialState().device))
     run = train(
-        workspace, name, settings, start.model, mixture, stage, settings.midtrain_steps, 2,
+        workspace, name, settings, lambda: model, mixture, stage, settings.midtrain_steps, 2,
         learning_rate=settings.learning_rate / 3, final_learning_rate=0.0, tests=tests,
         callbacks=[distillation, resampling],
     )  # fmt: skip

@@ -4,7 +4,7 @@
 """Mid-trains a pre-trained MobileLLM: distillation from a teacher, and influence that decides what is read next.
 
     accelerate launch recipes/midtrain.py --config recipes/tiny/midtrain_phase1.yaml
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml \\
+    accelerate launch --config_file recipes/accelerate/ddp.yaml \\
         recipes/midtrain.py --config recipes/140M/midtrain_phase1.yaml --teacher_cache runs/teacher
 
 The paper's phases (equations 6 and 7, Tables 4 and 6) are two runs, the second from the model of the first. Without

@@ -36,8 +36,8 @@ class Order(Protocol):
     def kept(self, generation: int) -> float:
         """Rows that a pass gives."""
 
-    def read(self, cursor: Cursor, counts: np.ndarray, generation: int) -> np.ndarray:
-        """The row that each of the draws `counts` (0 = the first from the cursor on) takes."""
+    def read(self, cursor: Cursor, first: int, count: int, generation: int) -> np.ndarray:
+        """The rows that `count` draws in a row take, `first` of them (0 = at the cursor) before the first."""
 
     def advance(self, cursor: Cursor, count: int, generation: int) -> Cursor:
         """The cursor after so many draws."""
@@ -52,8 +52,8 @@ class StreamOrder:
     def kept(self, generation: int) -> float:
         return np.inf
 
-    def read(self, cursor: Cursor, counts: np.ndarray, generation: int) -> np.ndarray:
-        return cursor.place + counts
+    def read(self, cursor: Cursor, first: int, count: int, generation: int) -> np.ndarray:
+        return np.arange(cursor.place + first, cursor.place + first + count)
 
     def advance(self, cursor: Cursor, count: int, generation: int) -> Cursor:
         return Cursor(0, cursor.place + count)
@@ -84,16 +84,22 @@ class RandomOrder:
     def _permute(self, number: int, places: np.ndarray) -> np.ndarray:
         return permute(places, self.size, (self.key << 32) + number)
 
-    def permuted(self, number: int, places: np.ndarray) -> np.ndarray:
-        """The rows at these places of a pass, by parts of the permutation: reading goes on where it was."""
-        rows = np.empty(len(places), dtype=np.int64)
-        for part in np.unique(places // PART).tolist():
-            if (number, part) not in self._parts:
-                members = np.arange(part * PART, min((part + 1) * PART, self.size))
-                _remember(self._parts, (number, part), self._permute(number, members), PARTS_KEPT)
-            chosen = places // PART == part
-            rows[chosen] = self._parts[number, part][places[chosen] - part * PART]
-        return rows
+    def _permuted(self, number: int, places: np.ndarray | range) -> np.ndarray:
+        """The rows at these increasing places of a pass, by parts of the permutation: reading goes on where it was."""
+        first, last = int(places[0]) // PART, int(places[-1]) // PART
+        if first == last and isinstance(places, range):
+            return self._part(number, first)[places.start - first * PART : places.stop - first * PART]
+        places = np.asarray(places)
+        parts = [
+            self._part(number, part)[places[places // PART == part] - part * PART] for part in range(first, last + 1)
+        ]
+        return np.concatenate(parts)
+
+    def _part(self, number: int, part: int) -> np.ndarray:
+        if (number, part) not in self._parts:
+            members = np.arange(part * PART, min((part + 1) * PART, self.size))
+            _remember(self._parts, (number, part), self._permute(number, members), PARTS_KEPT)
+        return self._parts[number, part]
 
     def kept_places(self, number: int, generation: int) -> np.ndarray | range:
         """The places of a pass that are not skipped, in order."""
@@ -108,31 +114,29 @@ class RandomOrder:
     def kept(self, generation: int) -> int:
         return len(self.kept_places(0, generation))
 
-    def _locate(self, cursor: Cursor, counts: np.ndarray, generation: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pass of each draw, and its number among the kept places of that pass."""
+    def _locate(self, cursor: Cursor, count: int, generation: int) -> tuple[int, int]:
+        """The pass of the draw that `count` others precede, and its number among the kept places of that pass."""
         places = self.kept_places(cursor.number, generation)
-        skipped = cursor.place if isinstance(places, range) else np.searchsorted(places, cursor.place)
-        passes, within = np.divmod(skipped + counts, len(places))
+        skipped = cursor.place if isinstance(places, range) else int(np.searchsorted(places, cursor.place))
+        passes, within = divmod(skipped + count, len(places))
         return cursor.number + passes, within
 
-    def read(self, cursor: Cursor, counts: np.ndarray, generation: int) -> np.ndarray:
-        passes, within = self._locate(cursor, counts, generation)
-        rows = np.empty(len(counts), dtype=np.int64)
-        for number in np.unique(passes).tolist():
-            chosen = passes == number
-            places = self.kept_places(number, generation)
-            rows[chosen] = self.permuted(
-                number, within[chosen] if isinstance(places, range) else places[within[chosen]]
-            )
-        return rows
+    def read(self, cursor: Cursor, first: int, count: int, generation: int) -> np.ndarray:
+        number, within = self._locate(cursor, first, generation)
+        rows = []
+        while count > 0:
+            chosen = self.kept_places(number, generation)[within : within + count]
+            rows.append(self._permuted(number, chosen))
+            number, within, count = number + 1, 0, count - len(chosen)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def advance(self, cursor: Cursor, count: int, generation: int) -> Cursor:
         if count == 0:
             return cursor
         # Behind the last row that was read, so that rows which a later generation takes back are not passed over.
-        passes, within = self._locate(cursor, np.array([count - 1]), generation)
-        place = self.kept_places(int(passes[0]), generation)[int(within[0])] + 1
-        return Cursor(int(passes[0]), int(place)) if place < self.size else Cursor(int(passes[0]) + 1, 0)
+        number, within = self._locate(cursor, count - 1, generation)
+        place = int(self.kept_places(number, generation)[within]) + 1
+        return Cursor(number, place) if place < self.size else Cursor(number + 1, 0)
 
     def passes(self, cursor: Cursor, generation: int) -> float:
         return cursor.number + cursor.place / self.size
@@ -262,15 +266,13 @@ class DrawSchedule:
         """(block_size,) source of each draw of a block, and its row within that source."""
         segment = self._segment_of(block)
         counts = segment.counts(np.array([block]))[0]
-        first = segment.before(block) - segment._sums[0]
+        first, generation = segment.before(block) - segment._sums[0], segment.change.generation
         sources = np.repeat(np.arange(len(counts)), counts)
-        ranks = np.arange(self.block_size) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = np.empty(self.block_size, dtype=np.int64)
-        for source in np.flatnonzero(counts).tolist():
-            chosen = sources == source
-            rows[chosen] = self.orders[source].read(
-                segment.cursors[source], first[source] + ranks[chosen], segment.change.generation
-            )
+        parts = [
+            self.orders[source].read(segment.cursors[source], int(first[source]), int(counts[source]), generation)
+            for source in np.flatnonzero(counts).tolist()
+        ]
+        rows = np.concatenate(parts)
         # Sources change places, but the rows of each come in their order.
         random = np.random.Generator(np.random.Philox(key=self.seed, counter=block))
         shuffled = random.permutation(sources)

@@ -178,21 +178,17 @@ class MixtureDataset(TorchDataset):
         sources, rows = self.locate(draws)
         worker = get_worker_info()
         self._history.note_fetched(0 if worker is None else worker.id + 1, max(draws))
-        result: list[dict[str, torch.Tensor]] = [{}] * len(rows)
-        for index in np.unique(sources).tolist():
-            places, name = np.flatnonzero(sources == index), self.sources[index]
-            for place, row in zip(places.tolist(), self._fetch(name, rows[places]), strict=True):
-                result[place] = row
+        result = [self._fetch(self.sources[index], row) for index, row in zip(sources.tolist(), rows.tolist())]
         if self.emit_ids:
             for row, identity, source in zip(result, self.row_ids(sources, rows), sources, strict=True):
                 row |= {"row_id": torch.tensor(identity), "source_id": torch.tensor(source)}
         return result
 
-    def _fetch(self, name: str, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+    def _fetch(self, name: str, row: int) -> dict[str, torch.Tensor]:
         if name in self._streams:
-            found = self._streams[name].rows(rows.tolist())
-            return [{key: torch.from_numpy(value.astype(np.int64)) for key, value in row.items()} for row in found]
-        return self._tables[name].rows(self._numbers(name, rows))
+            found = self._streams[name].rows([row])[0]
+            return {key: torch.from_numpy(value.astype(np.int64)) for key, value in found.items()}
+        return self._tables[name].row(self._rows[name][row])
 
     def _numbers(self, name: str, rows: np.ndarray) -> np.ndarray:
         numbers = self._rows[name]
@@ -211,7 +207,8 @@ class MixtureDataset(TorchDataset):
                 self._blocks[block] = self._schedule.block(block)
                 while len(self._blocks) > BLOCKS_KEPT:
                     self._blocks.popitem(last=False)
-            sources[place], rows[place] = (part[within] for part in self._blocks[block])
+            of_block, within_source = self._blocks[block]
+            sources[place], rows[place] = of_block[within], within_source[within]
         return sources, rows
 
     def row_ids(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -173,6 +173,12 @@ class MobileLLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MobileLLMDecoderLayer, "attentions": MobileLLMAttention}
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # FSDP2 derives a class in torch's name, and transformers saves the code of the module that a class names.
+        if cls.__module__.startswith("torch."):
+            cls.__module__ = cls.__mro__[2].__module__
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Loads `mobilellm`, `llama4_text`, `llama` and classic MobileLLM checkpoints; the config translates itself.

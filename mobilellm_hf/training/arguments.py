@@ -147,6 +147,7 @@ class StageTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = _help("must stay sequential: the mixture decides the order", "sequential")
     report_to: None | str | list[str] = _help("trackers: wandb, tensorboard, trackio, ...", "none")
     dataloader_pin_memory: bool = _help("of the DataLoader", torch.cuda.is_available)
+    ddp_find_unused_parameters: bool | None = _help("every parameter is used in every step", False)
     disable_tqdm: bool | None = _help("the recipe has a display of its own", True)
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """What every training recipe does around its stage: the command line, one process's voice, and errors in a line."""
 
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -24,7 +25,8 @@ def launch(description: str, stage: type[StageArguments], training: type[StageTr
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     # Without cpu=True, processes that torchrun starts on a machine without a GPU would not know of each other.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # They wait for each other as long as one of them tokenizes the data.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     console = Console(quiet=not state.is_main_process)
     try:
         arguments, training_arguments = parser.parse_args_and_config()[:2]

@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from mobilellm_hf.data.mixture import MixtureDataset
-from mobilellm_hf.influence.curvature import AdamCurvature
+from mobilellm_hf.influence.curvature import AdamCurvature, Curvature
 from mobilellm_hf.influence.overlap import refuse_overlap
 from mobilellm_hf.influence.scorer import InfluenceScorer, check_parameters, check_rows
 from mobilellm_hf.training.fused_scores import FusedScores
@@ -49,7 +49,7 @@ class InfluenceResamplingCallback(MixtureCallback):
         probes: capability -> tokenized rows that nobody trains on.
         every: steps between two rounds; None: no round but at the start.
         curvature: "adam" (the optimizer's second moments; before its first step it has none, and a round at the start
-            goes without) or "identity".
+            goes without), "identity", or a `Curvature`, such as that of the checkpoint that training begins with.
         reject: "nonpositive" as equation (6), or None to reweigh only.
         at_start: a round before the first step, whose decisions hold for every draw: equations (6) and (7).
         rule: whose influence must be positive: the "mean" over capabilities, "any", or one of them.
@@ -76,7 +76,7 @@ class InfluenceResamplingCallback(MixtureCallback):
         mixture: MixtureDataset,
         probes: Mapping[str, Dataset],
         every: int | None = None,
-        curvature: Literal["adam", "identity"] = "adam",
+        curvature: Literal["adam", "identity"] | Curvature = "adam",
         reject: Literal["nonpositive"] | None = "nonpositive",
         *,
         at_start: bool = False,
@@ -95,7 +95,8 @@ class InfluenceResamplingCallback(MixtureCallback):
         on_round: Callable[[Round], None] | None = None,
     ):
         super().__init__(mixture, delay_steps, source_loss)
-        _check_choice("curvature", curvature, ("adam", "identity"))
+        if isinstance(curvature, str):
+            _check_choice("curvature", curvature, ("adam", "identity"))
         _check_choice("reject", reject, ("nonpositive", None))
         _check_choice("scores", scores, ("separate", "fused"))
         _check_choice("rule", rule, ("mean", "any", *probes))
@@ -207,6 +208,8 @@ class InfluenceResamplingCallback(MixtureCallback):
         return spent / max(1e-9, self._seconds + time.perf_counter() - self._began)
 
     def _curvature(self, optimizer, model: PreTrainedModel):
+        if not isinstance(self.curvature, str):
+            return self.curvature
         if self.curvature == "identity" or not optimizer.state_dict()["state"]:
             return "identity"
         return AdamCurvature.from_optimizer(optimizer, model)
@@ -253,10 +256,11 @@ class InfluenceResamplingCallback(MixtureCallback):
 
     def _settings(self) -> dict:
         names = (
-            "every", "at_start", "curvature", "reject", "rule", "reweigh", "candidates_per_source", "scores",
+            "every", "at_start", "reject", "rule", "reweigh", "candidates_per_source", "scores",
             "floor", "seed", "delay_steps",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"probes": list(self.probes)}
+        curvature = self.curvature if isinstance(self.curvature, str) else type(self.curvature).__name__
+        return {name: getattr(self, name) for name in names} | {"probes": list(self.probes), "curvature": curvature}
 
     def _restore(self, args, state) -> None:
         super()._restore(args, state)

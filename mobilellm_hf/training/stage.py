@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def run_stage(args: StageArguments, training: StageTrainingArguments, console: C
         ValueError: the arguments do not fit each other, the data or the folder; the message names the field.
     """
     args.check()
+    if args.resamples() and (training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        raise ValueError(
+            "influence resampling (resample_at_start, resample_every) scores with whole models, and FSDP shards them: "
+            "launch with recipes/accelerate/ddp.yaml or multi_node.yaml"
+        )
     workspace = Workspace(Path(training.output_dir), _settings(args, training))
     cached = args.teacher_cache is not None and args.teacher is not None
     names = ["rows", *(["teacher cache"] if cached else []), "training", "results"]
@@ -103,6 +109,7 @@ def run_stage(args: StageArguments, training: StageTrainingArguments, console: C
 
 def _settings(args: StageArguments, training: StageTrainingArguments) -> dict[str, Any]:
     settings = dataclasses.asdict(args) | {name: getattr(training, name) for name in DECISIVE}
+    settings["mixed_precision"] = getattr(training, "mixed_precision", None)  # which accelerate's file can say, too
     settings |= {"rows_per_step": training.global_batch(), "mobilellm_hf": mobilellm_hf.__version__}
     for name in ("monitor_every", "rank_me", "shard_teacher", "attn_implementation"):  # which decide nothing
         del settings[name]

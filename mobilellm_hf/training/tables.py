@@ -9,15 +9,14 @@ from mobilellm_hf.data.mixture import SourceDraw
 
 def draws_table(draws: Mapping[str, Mapping[str, SourceDraw]]) -> Table:
     """Per source: its share of each mix's rows, and how often it was read for it. draws: mix -> source -> draw."""
-    table = Table(title="What was read")
+    table = Table(title="What was read: share of the rows, and how often the source was read")
     table.add_column("source", no_wrap=True)
     for name in draws:
-        table.add_column(f"{name}, share", justify="right")
-        table.add_column("epochs", justify="right")
+        table.add_column(name, justify="right")
     total = {name: sum(draw.rows for draw in report.values()) for name, report in draws.items()}
     for source in next(iter(draws.values())):
         cells = [(report[source].rows / total[name], report[source].epochs) for name, report in draws.items()]
-        table.add_row(source, *(text for share, epochs in cells for text in (f"{share:.1%}", f"{epochs:.2f}")))
+        table.add_row(source, *(f"{share:.1%}  {epochs:.2f}" for share, epochs in cells))
     return table
 
 

@@ -120,7 +120,7 @@ def test_a_row_that_is_taken_back_is_read_in_its_place():
     """The cursor stands behind the last row that was read, not before the next that was kept then."""
     order = RandomOrder(10, 0, {0: None, 1: np.array([True] * 5 + [False] * 5)}.get)
     permuted = permute(np.arange(10), 10, 0)
-    assert order.read(Cursor(), np.arange(10), 0).tolist() == permuted.tolist()
+    assert order.read(Cursor(), 0, 10, 0).tolist() == permuted.tolist()
     cursor = order.advance(Cursor(), 2, 1)
     assert cursor.place == np.flatnonzero(permuted < 5)[1] + 1
     assert order.advance(Cursor(0, 9), 1, 0) == Cursor(1, 0)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from mobilellm_hf import MobileLLMForCausalLM, MobileLLMForSequenceClassification, MobileLLMModel
 
@@ -66,3 +68,19 @@ def test_every_class_writes_the_whole_auto_map(make_model, tiny_config, tmp_path
             "AutoModelForCausalLM": "modeling_mobilellm.MobileLLMForCausalLM",
             "AutoModelForSequenceClassification": "modeling_mobilellm.MobileLLMForSequenceClassification",
         }
+
+
+def test_a_model_that_fsdp2_has_sharded_saves_its_code(make_model, tmp_path):
+    """FSDP2 gives the model a class of its own, which transformers would look up in torch's files."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_model()
+        fully_shard(model)
+        assert type(model).__name__.startswith("FSDP")
+        whole = {name: value.full_tensor() for name, value in model.state_dict().items()}
+        model.save_pretrained(tmp_path, state_dict=whole)
+    finally:
+        dist.destroy_process_group()
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_mobilellm.py", "loss_mobilellm.py", "modeling_mobilellm.py",
+    }  # fmt: skip

@@ -173,12 +173,12 @@ def test_nothing_is_left_behind_and_a_failed_training_can_be_retried(tmp_path, k
             raise KeyboardInterrupt
 
     callback = DistillationCallback(teacher)
-    for attempt in (callback, callback, DistillationCallback(teacher)):  # the same once more, and another
+    for attempt in (callback, DistillationCallback(teacher), callback, callback):  # another's, and its own
         trainer = Trainer(student, arguments(tmp_path), train_dataset=rows, callbacks=[attempt, Failing()])
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         assert len(student._forward_pre_hooks) == 1
-    student, expected = build(kind), build(kind)
+    failed, student, expected = student, build(kind), build(kind)
     for model in (student, expected):
         trainer = Trainer(model, arguments(tmp_path), train_dataset=rows, callbacks=[callback])
         if model is student:
@@ -189,8 +189,9 @@ def test_nothing_is_left_behind_and_a_failed_training_can_be_retried(tmp_path, k
             trainer.remove_callback(Failing)
         trainer.train()
     assert_same_training(student, expected, build(kind), 1e-6)
-    assert vars(student).keys() - {"_is_accelerate_prepared"} == vars(build(kind)).keys()
-    assert not student._forward_pre_hooks and not student._forward_hooks
+    for model in (failed, student):
+        assert vars(model).keys() - {"_is_accelerate_prepared"} == vars(build(kind)).keys()
+        assert not model._forward_pre_hooks and not model._forward_hooks
     with pytest.raises(ValueError, match="two DistillationCallbacks"):
         Trainer(
             student, arguments(tmp_path), train_dataset=rows, callbacks=[callback, DistillationCallback(teacher)]

@@ -19,8 +19,8 @@ def test_shares_and_epochs_of_every_mix():
     draws = {"a": {"x": SourceDraw(0.7, 30, 30 * 8, 1.5), "y": SourceDraw(0.3, 10, 10 * 8, 0.25)}}
     draws["b"] = {"x": SourceDraw(0.5, 20, 20 * 8, 1.0), "y": SourceDraw(0.5, 20, 20 * 8, 0.5)}
     assert lines(draws_table(draws)) == [
-        ["x", "75.0%", "1.50", "50.0%", "1.00"],
-        ["y", "25.0%", "0.25", "50.0%", "0.50"],
+        ["x", "75.0%  1.50", "50.0%  1.00"],
+        ["y", "25.0%  0.25", "50.0%  0.50"],
     ]
 
 

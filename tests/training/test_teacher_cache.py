@@ -165,11 +165,12 @@ def test_writing_goes_on_after_a_kill_and_redoes_what_is_damaged(tmp_path):
 
 
 WRITER = """
-import sys
+import os, sys
 sys.path.insert(0, {tests!r})
 from distillation_cases import build_teacher, packed_rows
 from mobilellm_hf.training.teacher_cache import TeacherCache
-TeacherCache.write(build_teacher(), packed_rows(8), {folder!r}, top_k=8, batch_size=2, rows_per_shard=1)
+on_batch = None if os.environ["RANK"] == "0" else lambda rows: print("the other read", rows)
+TeacherCache.write(build_teacher(), packed_rows(8), {folder!r}, top_k=8, rows_per_shard=1, on_batch=on_batch)
 """
 
 
@@ -178,7 +179,7 @@ def test_processes_divide_the_shards_and_one_of_them_shows_progress(tmp_path):
     script.write_text(WRITER.format(tests=str(Path(__file__).parent), folder=str(folder)))
     done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("teacher's top 8") == 1
+    assert done.stdout.count("teacher's top 8") == 1 and done.stdout.count("the other read 1") == 4
     assert shards(folder) == shards(write(tmp_path / "alone", packed_rows(8), rows_per_shard=1).folder)
 
 
