@@ -13,6 +13,9 @@ Rooms, in the order data flows through them:
     streaming.py         the same rows, packed as a stream's documents arrive
     rows.py              rows of a list of sources, as recipes' YAML files write it
     source_weights.py    the shares of a mixture, in the same files
+    mixture.py           rows drawn by weights that may change while they are read; what it is made of:
+    draws.py             which row a draw takes, a pure function; permutation.py, random orders without memory
+    row_table.py         rows as tensors, straight from Arrow; shared_history.py, what all readers must agree on
 
 Import the submodule you need: this package imports nothing itself, so `import mobilellm_hf.data` costs nothing.
 """

@@ -57,7 +57,7 @@ class AdamCurvature:
         if not file.exists():
             raise ValueError(
                 f"{file} does not exist: the adam curvature needs a checkpoint that the Trainer saved with its "
-                "optimizer (save_only_model=False)"
+                "optimizer (save_only_model=False), and not under FSDP, which keeps it in another form"
             )
         # In the order in which the Trainer groups them: with weight decay, then without.
         decayed = set(Trainer.get_decay_parameter_names(None, model))

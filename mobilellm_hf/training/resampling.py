@@ -29,7 +29,7 @@ from mobilellm_hf.influence.overlap import refuse_overlap
 from mobilellm_hf.influence.scorer import InfluenceScorer, check_parameters, check_rows
 from mobilellm_hf.training.fused_scores import FusedScores
 from mobilellm_hf.training.live_mixture import MixtureCallback, add_figures, draws_per_step, unwrap
-from mobilellm_hf.training.rounds import Round, decide, write_round
+from mobilellm_hf.training.rounds import Round, Rules, decide, write_round
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,9 @@ class InfluenceResamplingCallback(MixtureCallback):
         if reject is None and not reweigh:
             raise ValueError("with reject=None and reweigh=False a round would change nothing")
         self.probes, self.every, self.at_start = dict(probes), every, at_start
-        self.curvature, self.reject = curvature, reject
-        self.rule, self.reweigh, self.candidates_per_source, self.scores = rule, reweigh, candidates_per_source, scores
-        self.floor, self.min_positive, self.min_spread = floor, min_positive, min_spread
+        self.curvature = curvature
+        self.candidates_per_source, self.scores = candidates_per_source, scores
+        self.rules = Rules(rule, reject is not None, reweigh, floor, min_positive, min_spread)
         self.allow_overlap, self.batch_size, self.seed, self.on_round = allow_overlap, batch_size, seed, on_round
         self.rounds: list[Round] = []
         self._keep = np.ones(mixture.num_rows, dtype=bool)
@@ -187,7 +187,8 @@ class InfluenceResamplingCallback(MixtureCallback):
 
     def _apply(self, state, control, rows: np.ndarray, scores: torch.Tensor, start: float, from_draw: int) -> None:
         step, mixture = state.global_step, self.mixture
-        found, keep, weights = decide(self, step, rows, scores, self._keep)
+        first_spread = self.rounds[0].spread if self.rounds else None
+        found, keep = decide(self.rules, mixture, list(self.probes), rows, scores, self._keep, step, first_spread)
         found.cost = self._cost(time.perf_counter() - start)
         self.rounds.append(found)
         write_round(Path(mixture.keep_folder), self.rounds, rows, scores, mixture, list(self.probes))
@@ -196,7 +197,7 @@ class InfluenceResamplingCallback(MixtureCallback):
             logger.warning("step %d: %s; the phase ends here", step, found.ended)
         else:
             self._keep = keep
-            found.from_draw = mixture.set_weights(weights, from_draw, None if keep.all() else keep)
+            found.from_draw = mixture.set_weights(found.weights, from_draw, None if keep.all() else keep)
         control.should_log = step > 0
         self._store(state)
         if self.on_round is not None:
@@ -256,11 +257,12 @@ class InfluenceResamplingCallback(MixtureCallback):
 
     def _settings(self) -> dict:
         names = (
-            "every", "at_start", "reject", "rule", "reweigh", "candidates_per_source", "scores",
-            "floor", "seed", "delay_steps",
+            "every", "at_start", "candidates_per_source", "scores", "seed", "delay_steps",
         )  # fmt: skip
         curvature = self.curvature if isinstance(self.curvature, str) else type(self.curvature).__name__
-        return {name: getattr(self, name) for name in names} | {"probes": list(self.probes), "curvature": curvature}
+        return {name: getattr(self, name) for name in names} | {
+            "probes": list(self.probes), "curvature": curvature, **asdict(self.rules)
+        }  # fmt: skip
 
     def _restore(self, args, state) -> None:
         super()._restore(args, state)

@@ -17,7 +17,6 @@ from mobilellm_hf.influence.plots import plot_histograms
 
 if TYPE_CHECKING:
     from mobilellm_hf.data.mixture import MixtureDataset
-    from mobilellm_hf.training.resampling import InfluenceResamplingCallback
 
 
 @dataclass
@@ -59,45 +58,62 @@ class Round:
         }
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What a round may change, and when a phase ends; as `InfluenceResamplingCallback` has them."""
+
+    rule: str
+    rejects: bool
+    reweighs: bool
+    floor: float
+    min_positive: float
+    min_spread: float | None
+
+
 def decide(
-    callback: InfluenceResamplingCallback, step: int, rows: np.ndarray, scores: torch.Tensor, keep: np.ndarray
-) -> tuple[Round, np.ndarray, dict[str, float]]:
-    """The round's figures, which rows are kept from now on, and the sources' weights.
+    rules: Rules,
+    mixture: MixtureDataset,
+    capabilities: list[str],
+    rows: np.ndarray,
+    scores: torch.Tensor,
+    keep: np.ndarray,
+    step: int,
+    first_spread: float | None,
+) -> tuple[Round, np.ndarray]:
+    """The round, and which rows are kept from now on.
 
     Args:
         rows: (N,) `row_id` of the scored rows.
         scores: (N, C).
         keep: (all rows,) what was kept up to now.
+        first_spread: of the first round; None if this is it.
     """
-    mixture, names = callback.mixture, list(callback.probes)
-    positive = keep_mask(scores, names, callback.rule)
-    if callback.reject is not None:
+    positive = keep_mask(scores, capabilities, rules.rule)
+    if rules.rejects:
         keep = keep.copy()
         keep[rows] = positive.numpy()
-    joint = joint_influence(scores, names)
+    joint = joint_influence(scores, capabilities)
     low, high = np.quantile(joint[joint.isfinite()].numpy(), [0.25, 0.75]) if joint.isfinite().any() else (0.0, 0.0)
-    first = callback.rounds[0].spread if callback.rounds else high - low
+    first = high - low if first_spread is None else first_spread
     shares = {"all": positive.double().mean().item()}
-    shares |= {name: (scores[:, column] > 0).double().mean().item() for column, name in enumerate(names)}
+    shares |= {name: (scores[:, column] > 0).double().mean().item() for column, name in enumerate(capabilities)}
     found = Round(
         step, len(rows), shares, float(high - low), float((high - low) / first) if first > 0 else 0.0,
         float(1 - keep.mean()), mixture.weights,
     )  # fmt: skip
     means = source_means(mixture, rows, scores)
-    found.ended = _ended(callback, found, means)
-    if not found.ended and callback.reweigh:
-        found.weights = reweigh(mixture, means, keep, callback.floor)
-    elif not found.ended:
-        found.weights = reweigh(mixture, None, keep, 0.0)
-    return found, keep, found.weights
+    found.ended = _ended(rules, found, means)
+    if not found.ended:
+        found.weights = reweigh(mixture, means if rules.reweighs else None, keep, rules.floor)
+    return found, keep
 
 
-def _ended(callback: InfluenceResamplingCallback, found: Round, means: dict[str, float]) -> str:
-    if found.positive["all"] < callback.min_positive:
+def _ended(rules: Rules, found: Round, means: dict[str, float]) -> str:
+    if found.positive["all"] < rules.min_positive:
         return f"only {found.positive['all']:.1%} of the samples have a positive influence"
-    if callback.reweigh and not any(mean > 0 for mean in means.values()):
+    if rules.reweighs and not any(mean > 0 for mean in means.values()):
         return "no source has a positive influence"
-    if callback.min_spread is not None and found.relative_spread < callback.min_spread:
+    if rules.min_spread is not None and found.relative_spread < rules.min_spread:
         return f"influence has narrowed to {found.relative_spread:.1%} of the first round's spread"
     return ""
 
