@@ -15,7 +15,8 @@ Rooms, in the order data flows through them:
     source_weights.py    the shares of a mixture, in the same files
     mixture.py           rows drawn by weights that may change while they are read; what it is made of:
     draws.py             which row a draw takes, a pure function; permutation.py, random orders without memory
-    row_table.py         rows as tensors, straight from Arrow; shared_history.py, what all readers must agree on
+    source_rows.py       the rows of its sources, as tensors straight from Arrow: row_table.py
+    shared_history.py    what all who read it must agree on
 
 Import the submodule you need: this package imports nothing itself, so `import mobilellm_hf.data` costs nothing.
 """

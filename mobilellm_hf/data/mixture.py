@@ -29,8 +29,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import get_worker_info
 
 from mobilellm_hf.data.draws import DrawSchedule, RandomOrder, StreamOrder
-from mobilellm_hf.data.row_table import RowTable, rows_by_source
 from mobilellm_hf.data.shared_history import SharedHistory
+from mobilellm_hf.data.source_rows import SourceRows
 from mobilellm_hf.data.streaming import PackedStream
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SourceDraw:
     epochs: float
 
 
-class MixtureDataset(TorchDataset):
+class MixtureDataset(SourceRows, TorchDataset):
     """Rows drawn from weighted sources, for the stock `Trainer` (with `train_sampling_strategy="sequential"`).
 
     Args:
@@ -98,32 +98,10 @@ class MixtureDataset(TorchDataset):
         self.keep_folder = None if keep_folder is None else Path(keep_folder)
         self.emit_ids = False
         self._warned: set[str] = set()
-        self._add_sources(rows)
+        SourceRows.__init__(self, rows)
         self._history = SharedHistory(len(self.sources))
         self._rebuild()
         self._change(0, weights, generation=0)
-
-    def _add_sources(self, rows) -> None:
-        by_source = isinstance(rows, Mapping)
-        tables = {name: part for name, part in rows.items() if not isinstance(part, PackedStream)} if by_source else {}
-        self._streams = {name: part for name, part in rows.items() if name not in tables} if by_source else {}
-        if by_source:
-            self._tables = {name: RowTable(part) for name, part in tables.items()}
-            offsets = np.cumsum([0, *(len(table) for table in self._tables.values())]).tolist()
-            self._rows = {name: range(len(table)) for name, table in self._tables.items()}
-            self._offsets = dict(zip(self._tables, offsets))
-            self.num_rows = offsets[-1]
-        else:
-            table, self._rows = RowTable(rows), rows_by_source(rows)
-            self._tables = dict.fromkeys(self._rows, table)
-            self._offsets, self.num_rows = dict.fromkeys(self._rows, 0), len(rows)
-        self.sources: list[str] = list(rows) if by_source else list(self._rows)
-        self.tokens_per_row = np.array([self._mean_tokens(name) for name in self.sources])
-
-    def _mean_tokens(self, name: str) -> float:
-        if name in self._streams:
-            return float(self._streams[name].seq_length)
-        return self._tables[name].mean_tokens(self._rows[name]) if len(self._rows[name]) else 1.0
 
     # What differs from process to process is made anew in each: workers get the history alone, in shared memory.
 
@@ -178,21 +156,11 @@ class MixtureDataset(TorchDataset):
         sources, rows = self.locate(draws)
         worker = get_worker_info()
         self._history.note_fetched(0 if worker is None else worker.id + 1, max(draws))
-        result = [self._fetch(self.sources[index], row) for index, row in zip(sources.tolist(), rows.tolist())]
+        result = [self.fetch_row(self.sources[index], row) for index, row in zip(sources.tolist(), rows.tolist())]
         if self.emit_ids:
             for row, identity, source in zip(result, self.row_ids(sources, rows), sources, strict=True):
                 row |= {"row_id": torch.tensor(identity), "source_id": torch.tensor(source)}
         return result
-
-    def _fetch(self, name: str, row: int) -> dict[str, torch.Tensor]:
-        if name in self._streams:
-            found = self._streams[name].rows([row])[0]
-            return {key: torch.from_numpy(value.astype(np.int64)) for key, value in found.items()}
-        return self._tables[name].row(self._rows[name][row])
-
-    def _numbers(self, name: str, rows: np.ndarray) -> np.ndarray:
-        numbers = self._rows[name]
-        return rows + numbers.start if isinstance(numbers, range) else numbers[rows]
 
     def locate(self, draws: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(draws,) the source of each draw, as its number in `sources`, and the row within the source."""
@@ -211,52 +179,10 @@ class MixtureDataset(TorchDataset):
             sources[place], rows[place] = of_block[within], within_source[within]
         return sources, rows
 
-    def row_ids(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(draws,) int64: the number of each row in `rows`; where those were given by source, one after the other."""
-        result = np.full(len(rows), -1, dtype=np.int64)
-        for index in np.unique(sources).tolist():
-            name, chosen = self.sources[index], sources == index
-            if name not in self._streams:
-                result[chosen] = self._numbers(name, rows[chosen]) + self._offsets[name]
-        return result
-
-    def source_of(self, row_ids: np.ndarray) -> np.ndarray:
-        """(rows,) the source of each row, as its number in `sources`."""
-        result = np.full(self.num_rows, -1, dtype=np.int16)
-        for index, name in enumerate(self.sources):
-            if name not in self._streams:
-                result[self.rows_of(name)] = index
-        return result[row_ids]
-
-    def rows_of(self, source: str) -> np.ndarray:
-        """The `row_id` of each row of a source; none of a stream."""
-        return np.asarray(self._rows.get(source, range(0))) + self._offsets.get(source, 0)
-
-    def predicted_tokens(self, row_ids: np.ndarray) -> np.ndarray:
-        """(rows,) predicted tokens of each row."""
-        result, sources = np.zeros(len(row_ids), dtype=np.int64), self.source_of(row_ids)
-        for index in np.unique(sources).tolist():
-            name, chosen = self.sources[index], sources == index
-            result[chosen] = self._tables[name].predicted_tokens(row_ids[chosen] - self._offsets[name])
-        return result
-
-    @property
-    def streams(self) -> list[str]:
-        """The sources that are streams."""
-        return list(self._streams)
-
     def kept(self) -> np.ndarray | None:
         """(num_rows,) bool, the rows that are kept since the last change; None if all are."""
         generation = self._history[len(self._history) - 1].generation
         return None if generation == 0 else np.array(self._mask(generation))
-
-    def select(self, row_ids: np.ndarray) -> Dataset:
-        """These rows, in this order, with the columns that a model reads."""
-        from datasets import concatenate_datasets
-
-        tables = list({id(table): table for table in self._tables.values()}.values())
-        joined = concatenate_datasets([table.dataset.select_columns(table.columns) for table in tables])
-        return joined.select(row_ids)
 
     # Changing
 
