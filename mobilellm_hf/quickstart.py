@@ -5,6 +5,7 @@ this package, in the order in which a project of one's own would use it.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,7 @@ def train(
         stage.say("finished in an earlier run")
         return Run(state["log_history"], last)
     set_seed(settings.seed)
+    save_steps = max(1, steps // saves)
     arguments = StageTrainingArguments(
         output_dir=str(workspace.folder / name),
         max_steps=steps,
@@ -211,9 +213,9 @@ def train(
         learning_rate=learning_rate or settings.learning_rate,
         final_learning_rate=final_learning_rate,
         warmup_steps=steps // 10,
-        save_steps=max(1, steps // saves),
+        save_steps=save_steps,
         save_total_limit=keep,
-        logging_steps=1,
+        logging_steps=math.gcd(save_steps, 10),  # nothing is saved that was not looked at
         seed=settings.seed,
     )
     used = [*(callbacks or [MixtureCallback(mixture)]), StopOnNonFiniteLoss(), StageProgressCallback(stage)]

@@ -1,4 +1,4 @@
-"""From raw text to a small MobileLLM whose data mix was chosen by influence. No download; about five minutes on a CPU.
+"""From raw text to a small MobileLLM whose data influence has chosen. No download; about five minutes on a CPU.
 
     make quickstart
     accelerate launch recipes/quickstart.py --output-dir runs/quickstart
@@ -8,6 +8,8 @@ The embedded corpus has ten sources of clearly different worth. A proxy model is
 influence of every source on held-out code, math and knowledge probes, at several of its checkpoints, gives a mixture
 (equations 3 to 5 of MobileLLM-R1); then two models with the same start and the same budget are trained, one on that
 mixture and one on the uniform mixture, and compared on test files that neither the training nor the scoring has seen.
+The model of the influence mix goes on: in two phases of mid-training it rejects what it finds unhelpful, reweighs the
+sources (equations 5 to 7) and learns from a larger model, which is trained first.
 
 Every stage leaves a folder that a person can open, and an interrupted run goes on where it stopped. What differs from
 the paper: sizes, and one proxy for all capabilities where the paper trains one a capability.
@@ -204,7 +206,7 @@ def parse_args() -> argparse.Namespace:
         "--steps", type=positive, default=400, help="training steps of each compared model, of 512 tokens"
     )
     parser.add_argument("--proxy-steps", type=positive, default=240, help="training steps of the model that scores")
-    parser.add_argument("--teacher-steps", type=positive, default=800, help="training steps of the larger model")
+    parser.add_argument("--teacher-steps", type=positive, default=640, help="training steps of the larger model")
     parser.add_argument("--midtrain-steps", type=positive, default=100, help="training steps of each phase after it")
     parser.add_argument(
         "--rows-per-source", type=positive, default=40, help="rows of a source whose gradient is taken"
