@@ -40,6 +40,8 @@ lint: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/influence.py --only exactness,cost,lds,140M
+	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/distillation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
