@@ -203,13 +203,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="one subfolder a stage")
     parser.add_argument(
-        "--steps", type=positive, default=400, help="training steps of each compared model, of 512 tokens"
+        "--steps", type=positive, default=360, help="training steps of each compared model, of 512 tokens"
     )
     parser.add_argument("--proxy-steps", type=positive, default=240, help="training steps of the model that scores")
-    parser.add_argument("--teacher-steps", type=positive, default=640, help="training steps of the larger model")
+    parser.add_argument("--teacher-steps", type=positive, default=480, help="training steps of the larger model")
     parser.add_argument("--midtrain-steps", type=positive, default=100, help="training steps of each phase after it")
     parser.add_argument(
-        "--rows-per-source", type=positive, default=40, help="rows of a source whose gradient is taken"
+        "--rows-per-source", type=positive, default=32, help="rows of a source whose gradient is taken"
     )
     parser.add_argument("--rows-per-probe", type=positive, default=48, help="rows of a probe whose gradient is taken")
     parser.add_argument(
