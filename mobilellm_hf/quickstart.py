@@ -279,7 +279,10 @@ def midtrain(
     The first round is before the first step, as in equations (6) and (7), and the only one.
     """
     draws = settings.midtrain_steps * settings.batch_size
-    mixture = MixtureDataset(rows["train"], weights, draws, seed=settings.seed + 1, block_size=settings.batch_size * 4)
+    mixture = MixtureDataset(
+        rows["train"], weights, draws, seed=settings.seed + 1, block_size=settings.batch_size * 4,
+        keep_folder=workspace.folder / name / "mixture",
+    )  # fmt: skip
     probes = {c: sample_rows(rows["probe"], s, settings.rows_per_probe, settings.seed) for c, s in PROBES.items()}
     model = start.model().to(PartialState().device)
     resampling = InfluenceResamplingCallback(

@@ -2,10 +2,23 @@
 
 import json
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """A file that is whole or absent, also where several machines write the same one to a folder that they share."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        write(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Workspace:

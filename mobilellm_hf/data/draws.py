@@ -73,7 +73,7 @@ class RandomOrder:
 
     Args:
         key: what the permutations are chosen by.
-        keep: generation -> (size,) bool, or None if all rows are kept.
+        keep: generation -> (size,) bool; generation 0 keeps all rows and is not asked for.
     """
 
     def __init__(self, size: int, key: int, keep):
@@ -103,16 +103,15 @@ class RandomOrder:
 
     def kept_places(self, number: int, generation: int) -> np.ndarray | range:
         """The places of a pass that are not skipped, in order."""
-        keep = self.keep(generation)
-        if keep is None:
+        if generation == 0:
             return range(self.size)
         if (number, generation) not in self._places:
-            found = np.flatnonzero(keep[self._permute(number, np.arange(self.size))])
+            found = np.flatnonzero(self.keep(generation)[self._permute(number, np.arange(self.size))])
             _remember(self._places, (number, generation), found, PASSES_KEPT)
         return self._places[number, generation]
 
     def kept(self, generation: int) -> int:
-        return len(self.kept_places(0, generation))
+        return self.size if generation == 0 else int(np.count_nonzero(self.keep(generation)))
 
     def _locate(self, cursor: Cursor, count: int, generation: int) -> tuple[int, int]:
         """The pass of the draw that `count` others precede, and its number among the kept places of that pass."""
@@ -289,7 +288,7 @@ class DrawSchedule:
         return total
 
     def passes(self, draws: int) -> np.ndarray:
-        """(sources,) how often each source was read in the first `draws` draws, to the block; NaN for streams."""
+        """(sources,) how often each source was read in the first `draws` draws, ; 0 for streams."""
         segment = self._segment_of(draws // self.block_size)
         cursors = self._cursors(segment, self.counts(draws))
         passes = [order.passes(cursor, 0) for order, cursor in zip(self.orders, cursors, strict=True)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from mobilellm_hf.data.draws import DrawSchedule, RandomOrder, StreamOrder
 from mobilellm_hf.data.shared_history import SharedHistory
 from mobilellm_hf.data.source_rows import SourceRows
 from mobilellm_hf.data.streaming import PackedStream
+from mobilellm_hf.workspace import write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,7 +136,12 @@ class MixtureDataset(SourceRows, TorchDataset):
 
     def _kept_of(self, source: str, generation: int) -> np.ndarray | None:
         """(rows of the source,) bool, or None if all are kept."""
-        return None if generation == 0 else self._mask(generation)[self.rows_of(source)]
+        if generation == 0:
+            return None
+        numbers, offset = self._rows[source], self._offsets[source]
+        if isinstance(numbers, range):
+            return self._mask(generation)[numbers.start + offset : numbers.stop + offset]
+        return self._mask(generation)[numbers]
 
     def _mask(self, generation: int) -> np.ndarray:
         if generation not in self._masks:
@@ -224,12 +229,13 @@ class MixtureDataset(SourceRows, TorchDataset):
             raise ValueError(f"keep has the shape {keep.shape}, the mixture {self.num_rows} rows")
         if self.keep_folder is None:
             self.keep_folder = Path(tempfile.mkdtemp(prefix="mixture-"))
-        self.keep_folder.mkdir(parents=True, exist_ok=True)
-        # Every process writes the same bytes under a name of its own; the last one stays.
-        partial_file = self.keep_folder / f"{_mask_name(generation)}.{os.getpid()}.partial"
-        with partial_file.open("wb") as stream:
-            np.save(stream, keep)
-        os.replace(partial_file, self.keep_folder / _mask_name(generation))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as stream:
+                np.save(stream, keep)
+
+        # Every process writes the same bytes; the last one's stay.
+        write_whole(self.keep_folder / _mask_name(generation), write)
         self._history.set_folder(self.keep_folder)
 
     def _change(self, start: int, weights: Mapping[str, float], generation: int) -> None:
@@ -307,9 +313,16 @@ class MixtureDataset(SourceRows, TorchDataset):
             entry = {"from_draw": change.start, "weights": self._history.weights(number)}
             if change.generation:
                 file = self._history.folder() / _mask_name(change.generation)
-                entry |= {"generation": change.generation, "keep": str(file), "sha256": _digest(file)}
+                entry |= {"generation": change.generation, "keep": file.name, "sha256": _digest(file)}
             changes.append(entry)
         return self._identity() | {"changes": changes}
+
+    def restart(self) -> None:
+        """Forgets every change but the first weights, and what was fetched: for another run over the same rows."""
+        weights = dict(zip(self.sources, self._history.weights(0), strict=True))
+        self._history.clear()
+        self._rebuild()
+        self._change(0, weights, generation=0)
 
     def _identity(self) -> dict[str, Any]:
         sizes = [len(self._rows[name]) if name in self._rows else None for name in self.sources]
@@ -324,7 +337,7 @@ class MixtureDataset(SourceRows, TorchDataset):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the history of another run.
+        """Goes on with the history of another run; files of kept rows are looked for in `keep_folder`.
 
         Raises:
             ValueError: it is of another mixture, or a file of kept rows is missing or changed; the message names it.
@@ -335,15 +348,14 @@ class MixtureDataset(SourceRows, TorchDataset):
                     f"the saved mixture has {name}={state.get(name)!r}, this one {value!r}: resume with the data and "
                     "settings of the interrupted run, or start in another output folder"
                 )
-        for entry in state["changes"]:
-            if "keep" in entry and (not Path(entry["keep"]).exists() or _digest(entry["keep"]) != entry["sha256"]):
-                raise ValueError(f"{entry['keep']}, the rows that an influence round kept, is missing or was changed")
+        for entry in (entry for entry in state["changes"] if "keep" in entry):
+            file = (self.keep_folder or Path()) / entry["keep"]
+            if not file.exists() or _digest(file) != entry["sha256"]:
+                raise ValueError(f"{file}, the rows that an influence round kept, is missing or was changed")
+            self._history.set_folder(self.keep_folder)
         self._history.clear()
         self._rebuild()
         for entry in state["changes"]:
-            if "keep" in entry:
-                self.keep_folder = Path(entry["keep"]).parent
-                self._history.set_folder(self.keep_folder)
             weights = dict(zip(self.sources, entry["weights"], strict=True))
             generation = entry.get("generation", 0)
             shares = self._shares(weights, generation)

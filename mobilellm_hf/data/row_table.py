@@ -76,9 +76,8 @@ class RowTable:
 
     def predicted_tokens(self, numbers: np.ndarray) -> np.ndarray:
         """(rows,) how many labels of each row are predicted: all but the first and those that are -100."""
-        return np.array(
-            [int((row["labels"][1:] != IGNORED_LABEL).sum()) for row in self.rows(numbers)], dtype=np.int64
-        )
+        rows = (self.row(number) for number in numbers.tolist())  # one at a time: all of them may not fit
+        return np.array([int((row["labels"][1:] != IGNORED_LABEL).sum()) for row in rows], dtype=np.int64)
 
     def mean_tokens(self, numbers: np.ndarray | range) -> float:
         """Mean number of tokens of these rows; of many, of an even choice of ten thousand."""

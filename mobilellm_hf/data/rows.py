@@ -34,6 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from mobilellm_hf.data import catalog
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
 from mobilellm_hf.data.packing import tokenize_and_pack
+from mobilellm_hf.data.row_table import rows_by_source
 from mobilellm_hf.data.source_weights import WEIGHT_KEYS, check_weight, one_source
 from mobilellm_hf.data.streaming import PackedStream
 from mobilellm_hf.nll import COLUMNS
@@ -148,8 +149,7 @@ def load_sources(
     sources: dict[str, Dataset | PackedStream] = {}
     if tables := [part for part in parts if not isinstance(part, PackedStream)]:
         rows = _concatenate(tables)
-        names = np.asarray(rows["source"][:])
-        sources = {name: rows.select(np.flatnonzero(names == name)) for name in dict.fromkeys(names.tolist())}
+        sources = {name: rows.select(numbers) for name, numbers in rows_by_source(rows).items()}
     for part in parts:
         if isinstance(part, PackedStream):
             if part.source in sources:

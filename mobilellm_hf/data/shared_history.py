@@ -52,6 +52,7 @@ class SharedHistory:
 
     def clear(self) -> None:
         self._length[0] = 0
+        self._fetched.fill_(-1)
 
     def note_fetched(self, worker: int, draw: int) -> None:
         slot = worker % MAX_WORKERS

@@ -27,11 +27,19 @@ def find_overlap(dataset: Dataset, probes: Mapping[str, Dataset]) -> dict[int, t
     found = {}
     for row, ids in enumerate(_rows(dataset)):
         spans = _every_span(ids)[::SPAN]
-        shares = {name: np.isin(spans, hashes).mean() if len(spans) else 0.0 for name, hashes in known.items()}
+        shares = {name: _share_in(spans, hashes) for name, hashes in known.items()}
         name = max(shares, key=shares.get, default=None)
         if name is not None and shares[name] > MAX_SHARE:
-            found[row] = (name, float(shares[name]))
+            found[row] = (name, shares[name])
     return found
+
+
+def _share_in(spans: np.ndarray, known: np.ndarray) -> float:
+    """known: sorted."""
+    if len(spans) == 0 or len(known) == 0:
+        return 0.0
+    places = np.minimum(np.searchsorted(known, spans), len(known) - 1)
+    return float((known[places] == spans).mean())
 
 
 def refuse_overlap(dataset: Dataset, probes: Mapping[str, Dataset], remedy: str) -> None:

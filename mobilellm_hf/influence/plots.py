@@ -51,13 +51,16 @@ def plot_influence(
     figure.savefig(path, dpi=130)
 
 
-def plot_histograms(scores: Mapping[str, torch.Tensor], capabilities: Sequence[str], path: str | Path) -> None:
+def plot_histograms(
+    scores: Mapping[str, torch.Tensor], capabilities: Sequence[str], path: str | Path, format: str | None = None
+) -> None:
     """Histograms of the samples' influence, a panel a capability and a curve a checkpoint (Figure 5 of the paper).
 
     As a model learns, influence contracts towards zero; what is left of zero is what equation (6) rejects.
 
     Args:
         scores: label of a checkpoint, in order of training -> (samples, capabilities).
+        format: such as "png"; by default the path's extension.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -85,4 +88,4 @@ def plot_histograms(scores: Mapping[str, torch.Tensor], capabilities: Sequence[s
         panel.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format=format)

@@ -13,7 +13,7 @@ from mobilellm_hf.training.distillation import DistillationCallback
 from mobilellm_hf.training.live_mixture import MixtureCallback
 from mobilellm_hf.training.monitors import NonFiniteLossError, ProbeNLLCallback, StopOnNonFiniteLoss
 from mobilellm_hf.training.rank_me import RankMeCallback
-from mobilellm_hf.training.resampling import InfluenceResamplingCallback
+from mobilellm_hf.training.resampling import InfluenceResamplingCallback, PhaseEndedError
 from mobilellm_hf.training.teacher_cache import TeacherCache
 from mobilellm_hf.training.throughput import ThroughputCallback
 
@@ -22,6 +22,7 @@ __all__ = [
     "InfluenceResamplingCallback",
     "MixtureCallback",
     "NonFiniteLossError",
+    "PhaseEndedError",
     "ProbeNLLCallback",
     "RankMeCallback",
     "StopOnNonFiniteLoss",

@@ -99,6 +99,11 @@ class StageArguments:
         for capability, entries in self.probes.items():
             check_entries(f"probes.{capability}", entries)
         self._check_numbers()
+        if self.influence_scores == "fused" and (self.distils() or self.resample_every is None):
+            raise ValueError(
+                "influence_scores: fused scores are heard between rounds (resample_every) and of the model's own loss "
+                "(no teacher): use separate"
+            )
         if self.resamples() and not self.probes:
             raise ValueError("influence resampling (resample_at_start, resample_every) needs probes")
         if self.reject_rule not in ("mean", "any", *self.probes):
@@ -153,6 +158,11 @@ class StageTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not 0 <= self.final_learning_rate < 1:
             raise ValueError(f"final_learning_rate={self.final_learning_rate} must be a share of the peak, below 1")
+        if self.lr_scheduler_type not in ("linear", "polynomial") or self.lr_scheduler_kwargs:
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r}: the learning rate falls linearly, as in Table 4, to "
+                "final_learning_rate of its peak; leave lr_scheduler_type and lr_scheduler_kwargs out"
+            )
         self.lr_scheduler_type = "polynomial"  # of power one: linear, to an end that "linear" cannot have
         self.lr_scheduler_kwargs = {"lr_end": self.final_learning_rate * self.learning_rate, "power": 1.0}
         super().__post_init__()

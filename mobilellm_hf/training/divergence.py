@@ -68,7 +68,8 @@ class TeacherLogits:
         """Logits of the tokens `index` over the first ids, as many as `out` (tokens, ids) has columns."""
         states, width = self.states[index.to(self.states.device)], out.shape[1]
         if self.weight is None:
-            out.copy_(states[:, :width])
+            # A teacher that masks ids says minus infinity, which times a probability of zero would be no number.
+            out.copy_(states[:, :width]).clamp_(min=torch.finfo(out.dtype).min / 4)
             return
         with torch.autocast(self.weight.device.type, enabled=False):  # a teacher's logits are of its own precision
             project(states, self.weight[:width], None if self.bias is None else self.bias[:width], out)

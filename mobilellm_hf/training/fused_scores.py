@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from mobilellm_hf.data.mixture import MixtureDataset
 from mobilellm_hf.influence.fused import FusedInfluence
 from mobilellm_hf.influence.scorer import InfluenceScorer
+from mobilellm_hf.training.distillation import MARK as DISTILLATION
 from mobilellm_hf.training.row_ids import RowIds
+from mobilellm_hf.workspace import write_whole
 
 
 class FusedScores:
@@ -42,8 +44,9 @@ class FusedScores:
 
     def check_loss(self) -> None:
         """Raises a ValueError if the model trains on another loss than its own NLL. To be called before it trains."""
-        replaced = [module for module in self.model.modules() if {"fused_loss", "_loss_function"} & set(vars(module))]
-        if replaced and self._influence is None:
+        own = vars(self.model).get("_influence_products") is not None  # which taps the loss, and does not replace it
+        names = {"_loss_function", DISTILLATION} if own else {"fused_loss", "_loss_function"}
+        if any(names & set(vars(module)) for module in self.model.modules()):
             raise ValueError(
                 "scores='fused' are those of the loss that is trained on, and another callback has replaced the "
                 "model's own (distillation does): use scores='separate'"
@@ -56,11 +59,8 @@ class FusedScores:
     def listen(self, scorer: InfluenceScorer, step: int) -> None:
         """From the next training step on, with this scorer's directions."""
         if self._is_writer():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            target = self.folder / f"directions-{step}.safetensors"
-            partial = target.with_suffix(".partial")
-            save_file({name: value.cpu().contiguous() for name, value in scorer.directions.items()}, partial)
-            os.replace(partial, target)
+            tensors = {name: value.cpu().contiguous() for name, value in scorer.directions.items()}
+            write_whole(self.folder / f"directions-{step}.safetensors", lambda path: save_file(tensors, path))
         self._start(scorer, step)
 
     def _start(self, scorer: InfluenceScorer, step: int) -> None:
@@ -108,18 +108,16 @@ class FusedScores:
         """What was heard up to this step, for a resume from its checkpoint."""
         if self._influence is None:
             return
-        target = self.folder / f"heard-{step}-{self._rank()}.pt"
-        partial = target.with_suffix(".partial")
-        torch.save({"round": self._step, "scores": self._joined()}, partial)
-        os.replace(partial, target)
+        heard = {"round": self._step, "scores": self._joined()}
+        write_whole(self.folder / f"heard-{step}-{self._rank()}.pt", lambda path: torch.save(heard, path))
         heard = sorted(self.folder.glob(f"heard-*-{self._rank()}.pt"), key=lambda file: int(file.name.split("-")[1]))
         for file in heard[:-2]:
-            file.unlink()
+            file.unlink(missing_ok=True)
         if self._is_writer():
             used = {torch.load(file)["round"] for file in heard[-2:]}
             for file in self.folder.glob("directions-*.safetensors"):
                 if int(file.stem.split("-")[1]) not in used:
-                    file.unlink()
+                    file.unlink(missing_ok=True)
 
     def resume(self, step: int, capabilities: list[str]) -> None:
         """Goes on listening where the checkpoint of `step` was written.

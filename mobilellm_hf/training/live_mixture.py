@@ -54,6 +54,8 @@ class MixtureCallback(TrainerCallback):
             self.mixture.keep_folder = Path(args.output_dir) / "mixture"
         if state.global_step > 0:
             self._restore(args, state)
+        else:
+            self.mixture.restart()
         self._store(state)
         self._detach()
         if self.source_loss and args.remove_unused_columns:
@@ -102,6 +104,8 @@ class MixtureCallback(TrainerCallback):
             )
         if args.ignore_data_skip:
             raise ValueError("with ignore_data_skip=True a resumed run would read the mixture from the start again")
+        if args.accelerator_config.split_batches:
+            raise ValueError("accelerator_config: split_batches=True is not supported with a mixture")
         per_step = draws_per_step(args)
         if state.max_steps * per_step > len(self.mixture):
             raise ValueError(

@@ -52,7 +52,8 @@ class PeriodicMonitor(TrainerCallback):
             self._record(state, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        last = state.global_step == state.max_steps or control.should_training_stop
+        if state.global_step % self.every == 0 or last:
             self._unlogged = (state.global_step, self._record(state, model))
             control.should_log = control.should_log or args.logging_strategy != IntervalStrategy.NO
 

@@ -24,6 +24,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from mobilellm_hf.data.mixture import MixtureDataset
+from mobilellm_hf.data.shared_history import MAX_CHANGES
 from mobilellm_hf.influence.curvature import AdamCurvature, Curvature
 from mobilellm_hf.influence.overlap import refuse_overlap
 from mobilellm_hf.influence.scorer import InfluenceScorer, check_parameters, check_rows
@@ -34,6 +35,10 @@ from mobilellm_hf.training.rounds import Round, Rules, decide, write_round
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "mobilellm_hf.resampling"
+
+
+class PhaseEndedError(RuntimeError):
+    """Training was asked to begin, or to go on, where influence has found nothing left to teach."""
 
 
 class InfluenceResamplingCallback(MixtureCallback):
@@ -55,7 +60,8 @@ class InfluenceResamplingCallback(MixtureCallback):
         rule: whose influence must be positive: the "mean" over capabilities, "any", or one of them.
         reweigh: whether sources get new weights; if not, samples are rejected only.
         candidates_per_source: rows of each source that a round scores, chosen at random; None: all. Rows that are not
-            scored stay as they were. Streams are not scored and keep their weights.
+            scored stay as they were. Sources whose weight is zero are candidates too, and may get one; streams are
+            not, and keep theirs.
         scores: "separate" passes over the candidates; or "fused": the scores of what was trained on since the last
             round, taken inside the training steps with the probe gradients of that round, at little more than their
             cost. The first fused round only begins to listen.
@@ -69,6 +75,8 @@ class InfluenceResamplingCallback(MixtureCallback):
     Raises:
         ValueError: at the start of training, if a probe is empty, shares documents with the mixture, or does not fit
             the model; if the model is sharded; or if there is no time for a single round.
+        PhaseEndedError: at the start of training, if a round there, or one that the checkpoint remembers, has ended
+            the phase. No step is taken.
     """
 
     def __init__(
@@ -104,6 +112,8 @@ class InfluenceResamplingCallback(MixtureCallback):
             raise ValueError(f"every={every} must be positive, probes={list(probes)} not empty, floor={floor} a share")
         if every is None and not at_start:
             raise ValueError("give every, or at_start=True: else there is no round")
+        if every is None and scores == "fused":
+            raise ValueError("scores='fused' are heard between two rounds: give every")
         if reject is None and not reweigh:
             raise ValueError("with reject=None and reweigh=False a round would change nothing")
         self.probes, self.every, self.at_start = dict(probes), every, at_start
@@ -120,12 +130,17 @@ class InfluenceResamplingCallback(MixtureCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == 0:
             self.rounds, self._logged, self._seconds, self._scoring = [], 0, 0.0, 0.0
+            self._keep = np.ones(self.mixture.num_rows, dtype=bool)
         super().on_train_begin(args, state, control, model=model, **kwargs)
         model = unwrap(model)
         check_parameters(model)
         for name, probe in self.probes.items():
             check_rows(f"probe {name!r}", probe, model)
-        if not self.allow_overlap:
+        if self.rounds and self.rounds[-1].ended:
+            raise PhaseEndedError(f"the phase ended at step {self.rounds[-1].step}: {self.rounds[-1].ended}")
+        if self.every is not None and state.max_steps // self.every >= MAX_CHANGES:
+            raise ValueError(f"every={self.every} makes more than {MAX_CHANGES} rounds in {state.max_steps} steps")
+        if not self.allow_overlap and state.global_step == 0:
             remedy = "Take them out of the mixture or the probes, or pass allow_overlap=True."
             refuse_overlap(self.mixture.select(np.arange(self.mixture.num_rows)), self.probes, remedy)
         if self.every is not None and self.every + self.delay_steps >= state.max_steps:
@@ -135,10 +150,14 @@ class InfluenceResamplingCallback(MixtureCallback):
         self._began = time.perf_counter()
         if self.scores == "fused":
             self._fused = FusedScores(model, self.mixture, Path(self.mixture.keep_folder))
+            self._fused.check_loss()
             if state.global_step > 0 and (self.at_start or state.global_step >= self.every):
                 self._fused.resume(state.global_step, list(self.probes))
         if self.at_start and state.global_step == 0:
             self._round(args, state, control, model, optimizer, from_draw=0)
+            if self.rounds and self.rounds[-1].ended:
+                self._detach()
+                raise PhaseEndedError(f"the phase ends before it begins: {self.rounds[-1].ended}")
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self._fused is not None:
@@ -153,6 +172,8 @@ class InfluenceResamplingCallback(MixtureCallback):
             self._round(args, state, control, unwrap(model), optimizer, first_draw)
         if self._fused is not None and control.should_save:
             self._fused.save(state.global_step)
+        if control.should_save:
+            self._store(state)
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
@@ -183,7 +204,8 @@ class InfluenceResamplingCallback(MixtureCallback):
             self._fused.listen(scorer, state.global_step)
         if len(rows):
             self._apply(state, control, rows, scores, start, from_draw)
-        self._scoring += time.perf_counter() - start
+        else:
+            self._scoring += time.perf_counter() - start
 
     def _apply(self, state, control, rows: np.ndarray, scores: torch.Tensor, start: float, from_draw: int) -> None:
         step, mixture = state.global_step, self.mixture
@@ -199,6 +221,7 @@ class InfluenceResamplingCallback(MixtureCallback):
             self._keep = keep
             found.from_draw = mixture.set_weights(found.weights, from_draw, None if keep.all() else keep)
         control.should_log = step > 0
+        self._scoring += time.perf_counter() - start
         self._store(state)
         if self.on_round is not None:
             self.on_round(found)

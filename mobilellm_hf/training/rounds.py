@@ -14,9 +14,14 @@ import torch
 
 from mobilellm_hf.influence.mixing import group_means, joint_influence, keep_mask, mixture_weights
 from mobilellm_hf.influence.plots import plot_histograms
+from mobilellm_hf.workspace import write_whole
 
 if TYPE_CHECKING:
     from mobilellm_hf.data.mixture import MixtureDataset
+
+
+# The newest rounds are drawn; all are on disk.
+ROUNDS_SHOWN = 12
 
 
 @dataclass
@@ -104,7 +109,9 @@ def decide(
     means = source_means(mixture, rows, scores)
     found.ended = _ended(rules, found, means)
     if not found.ended:
-        found.weights = reweigh(mixture, means if rules.reweighs else None, keep, rules.floor)
+        weights = reweigh(mixture, means if rules.reweighs else None, keep, rules.floor)
+        found.weights = weights or mixture.weights
+        found.ended = "" if weights else "no source with a weight keeps a row"
     return found, keep
 
 
@@ -138,6 +145,9 @@ def reweigh(
 
     Args:
         means: source -> influence; None leaves all weights, but for sources that keep no row.
+
+    Returns:
+        source -> share; nothing if no source is left.
     """
     weights = mixture.weights
     readable = {name: name in mixture.streams or keep[mixture.rows_of(name)].any() for name in mixture.sources}
@@ -149,7 +159,7 @@ def reweigh(
             weights |= dict.fromkeys(means, 0.0) | {name: share * weight for name, weight in new.items()}
     weights = {name: weight if readable[name] else 0.0 for name, weight in weights.items()}
     total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
+    return {name: weight / total for name, weight in weights.items()} if total > 0 else {}
 
 
 def write_round(
@@ -163,19 +173,16 @@ def write_round(
     """`round-STEP.parquet` with the scores, and `histograms.png` of all rounds, both by one process a machine."""
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     columns = {"row_id": rows, "source": [mixture.sources[index] for index in mixture.source_of(rows)]}
     columns |= {name: scores[:, column].numpy() for column, name in enumerate(capabilities)}
     target = folder / f"round-{rounds[-1].step}.parquet"
-    partial = target.with_suffix(".partial")
-    pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-    os.replace(partial, target)
+    write_whole(target, lambda path: pyarrow.parquet.write_table(pyarrow.table(columns), path))
     shown = {}
-    for found in rounds:
+    for found in rounds[-ROUNDS_SHOWN:]:
         file = folder / f"round-{found.step}.parquet"
         if file.exists():
             table = pyarrow.parquet.read_table(file)
             shown[f"step {found.step:,}"] = torch.tensor(
                 np.stack([table[name].to_numpy() for name in capabilities], 1)
             )
-    plot_histograms(shown, capabilities, folder / "histograms.png")
+    write_whole(folder / "histograms.png", lambda path: plot_histograms(shown, capabilities, path, "png"))

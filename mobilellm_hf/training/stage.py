@@ -45,7 +45,7 @@ from mobilellm_hf.training.live_mixture import MixtureCallback
 from mobilellm_hf.training.monitors import ProbeNLLCallback, StopOnNonFiniteLoss, add_before_trackers, probe_history
 from mobilellm_hf.training.plots import plot_training
 from mobilellm_hf.training.rank_me import RankMeCallback
-from mobilellm_hf.training.resampling import InfluenceResamplingCallback
+from mobilellm_hf.training.resampling import InfluenceResamplingCallback, PhaseEndedError
 from mobilellm_hf.training.stage_data import build_mixture, build_rows, load_tokenizer_and_config, write_cache
 from mobilellm_hf.training.tables import draws_table
 from mobilellm_hf.training.teacher_cache import TeacherCache
@@ -98,7 +98,7 @@ def run_stage(args: StageArguments, training: StageTrainingArguments, console: C
             mixture = build_mixture(args, training, sources)
         if cached:
             with progress.stage("teacher cache") as stage:
-                write_cache(args, mixture, training, stage)
+                write_cache(args, mixture, training, config.vocab_size, stage)
         with progress.stage("training") as stage:
             trainer = train(workspace, args, training, config, mixture, probes, stage)
         with progress.stage("results"):
@@ -196,7 +196,10 @@ def train(
     trainer.add_callback(StageProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
     with _explained_write_errors(workspace):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except PhaseEndedError as error:  # what the Trainer has loaded stays: the checkpoint of the end, or the start
+            stage.say(str(error))
     return trainer
 
 
@@ -242,10 +245,11 @@ def write_results(
         partial.rename(folder)
         log = trainer.state.log_history
         (workspace.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-        draws = trainer.state.global_step * training.global_batch()
+        draws = max(1, trainer.state.global_step * training.global_batch())
         document = yaml.safe_dump(mixture_document(mixture, draws), sort_keys=False)
         (workspace.folder / "mixture.yaml").write_text(document)
-        plot_training(log, workspace.folder / "training.png", training.global_batch() * args.seq_length)
+        if trainer.state.global_step > 0:
+            plot_training(log, workspace.folder / "training.png", training.global_batch() * args.seq_length)
     trainer.accelerator.wait_for_everyone()
     return StageResult(folder, trainer.state.log_history, mixture, ended)
 

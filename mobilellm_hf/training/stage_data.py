@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mobilellm_hf.data.catalog import STREAMED_ROWS, find
 from mobilellm_hf.data.mixture import MixtureDataset
@@ -131,12 +131,27 @@ def build_mixture(
     )
 
 
-def write_cache(args: StageArguments, mixture: MixtureDataset, training: StageTrainingArguments, stage: Stage) -> None:
+def write_cache(
+    args: StageArguments,
+    mixture: MixtureDataset,
+    training: StageTrainingArguments,
+    vocabulary_size: int,
+    stage: Stage,
+) -> None:
     """The teacher's probabilities of every row of the mixture, or what is missing of them."""
+    if mixture.streams:
+        raise ValueError(f"teacher_cache: {mixture.streams[0]} is a stream, whose rows cannot be cached")
+    shared = args.vocabulary == "shared_prefix"
+    teacher = AutoConfig.from_pretrained(args.teacher).get_text_config().vocab_size
+    if teacher != vocabulary_size and not (shared and teacher > vocabulary_size):
+        raise ValueError(
+            f"teacher: {args.teacher} has {teacher} ids and the student {vocabulary_size}: take a teacher of the same "
+            "tokenizer; vocabulary: shared_prefix if it has more only by padding"
+        )
     rows = mixture.select(range(mixture.num_rows))
     stage.expect(len(rows))
     cache = TeacherCache.write(
         args.teacher, rows, args.teacher_cache, args.teacher_top_k, training.per_device_train_batch_size,
-        dtype=DTYPES[args.teacher_dtype], on_batch=stage.advance,
+        vocabulary_size=vocabulary_size, dtype=DTYPES[args.teacher_dtype], on_batch=stage.advance,
     )  # fmt: skip
     stage.say(f"{cache.tokens / 1e6:.1f} M tokens, {cache.bytes_per_token:.0f} bytes each")

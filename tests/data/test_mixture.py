@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from mobilellm_hf.data.draws import Cursor, RandomOrder
 from mobilellm_hf.data.mixture import MixtureDataset
 from mobilellm_hf.data.packing import tokenize_and_pack
 from mobilellm_hf.data.streaming import PackedStream
@@ -124,8 +125,10 @@ def test_a_resumed_mixture_goes_on_without_a_replay(tmp_path):
     data.set_weights({"a": 0.1, "b": 0.9}, 1300, KEEP)
     data.set_weights({"a": 1.0}, 1500)
     state = json.loads(json.dumps(data.state_dict()))
-    resumed = mixture()
+    resumed = mixture(keep_folder=tmp_path)
+    numbers(resumed, range(1500))  # in vain: what was fetched before does not count
     resumed.load_state_dict(state)
+    assert resumed.fetched() == -1
     assert numbers(resumed, range(1200, 2000)) == numbers(data)[1200:]
     assert resumed.state_dict() == state and resumed.report() == data.report()
     assert pickle.loads(pickle.dumps(resumed))[1999]["input_ids"].equal(data[1999]["input_ids"])
@@ -143,7 +146,41 @@ def test_what_was_saved_must_fit(tmp_path):
         MixtureDataset(rows(), {"a": 1.0}, 2000).load_state_dict(state)
     (tmp_path / "keep-0001.npy").write_bytes(b"torn")
     with pytest.raises(ValueError, match="keep-0001.npy, the rows that an influence round kept, is missing"):
-        mixture().load_state_dict(state)
+        mixture(keep_folder=tmp_path).load_state_dict(state)
+
+
+def test_a_restart_forgets_all_but_the_first_weights(tmp_path):
+    data = mixture(keep_folder=tmp_path)
+    before = numbers(data)
+    with pytest.raises(ValueError, match="was fetched already"):
+        data.set_weights({"a": 1.0}, 64)
+    data.restart()
+    data.set_weights({"a": 0.1, "b": 0.9}, 64, KEEP)
+    data.restart()
+    assert numbers(data) == before and data.kept() is None
+
+
+def test_a_moved_run_is_resumed_where_it_lies_now(tmp_path):
+    data = mixture(keep_folder=tmp_path / "old")
+    data.set_weights({"a": 0.1, "b": 0.9}, 1300, KEEP)
+    state = data.state_dict()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = mixture(keep_folder=tmp_path / "new")
+    moved.load_state_dict(state)
+    assert np.array_equal(moved.kept(), KEEP)
+
+
+def test_rejected_rows_cost_one_look_at_the_mask_a_pass():
+    asked = []
+
+    def keep(generation):
+        asked.append(generation)
+        return np.arange(1000) % 3 > 0
+
+    order = RandomOrder(1000, 0, keep)
+    for first in range(0, 600, 10):
+        order.read(Cursor(), first, 10, 1)
+    assert asked == [1]
 
 
 def test_a_change_takes_effect_where_nobody_has_read():

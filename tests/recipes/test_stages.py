@@ -32,6 +32,13 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def midtrained(project) -> Path:
+    done = run("midtrain", project / "midtrain.yaml")
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return project / "midtrain"
+
+
 @pytest.fixture
 def here(monkeypatch, capsys):
     """here(recipe, config, *options) runs a recipe in this process: (status, what it printed)."""
@@ -76,10 +83,8 @@ def test_the_same_command_again_changes_nothing(project):
     assert all(torch.equal(value, load_file(weights)[name]) for name, value in before.items())
 
 
-def test_midtraining_distils_resamples_and_survives_a_kill(project):
-    done = run("midtrain", project / "midtrain.yaml")
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-    folder = project / "midtrain"
+def test_midtraining_distils_resamples_and_survives_a_kill(project, midtrained):
+    folder = midtrained
     log = log_of(folder)
     assert {"distillation/kl", "influence/positive", "influence/cost"} <= {key for entry in log for key in entry}
     assert {file.name for file in (folder / "mixture").glob("round-*")} == {f"round-{n}.parquet" for n in (6, 12, 18)}
@@ -174,7 +179,7 @@ def test_malformed_rows_are_named_before_training(project, tmp_path, here):
         assert code == 2 and message in text, text
 
 
-def test_two_processes_train_one_model(project, tmp_path):
+def test_two_processes_train_one_model(project, midtrained, tmp_path):
     launcher = [*command("midtrain", project / "midtrain.yaml")[:1], "-m", "torch.distributed.run", "--standalone",
                 "--nproc_per_node", "2"]  # fmt: skip
     options = ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
@@ -185,6 +190,6 @@ def test_two_processes_train_one_model(project, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("What was read") == 1
-    two, one = log_of(tmp_path / "two"), log_of(project / "midtrain")
+    two, one = log_of(tmp_path / "two"), log_of(midtrained)
     first = [next(entry["loss/code"] for entry in log if "loss/code" in entry) for log in (two, one)]
     assert first[0] == pytest.approx(first[1], rel=1e-3)

@@ -12,7 +12,7 @@ from mixture_cases import CAPABILITIES, arguments, build, drawn, mixture, probes
 from transformers import AutoModelForCausalLM, Trainer
 
 from mobilellm_hf.influence import AdamCurvature, InfluenceScorer
-from mobilellm_hf.training import DistillationCallback, InfluenceResamplingCallback
+from mobilellm_hf.training import DistillationCallback, InfluenceResamplingCallback, PhaseEndedError
 
 
 def resampling(data=None, **options) -> InfluenceResamplingCallback:
@@ -136,6 +136,42 @@ def test_a_phase_that_has_nothing_left_to_teach_ends(tmp_path, caplog):
     assert seen[0].weights == pytest.approx({"easy": 0.4, "random": 0.4, "other": 0.2}) and seen[0].from_draw is None
 
 
+def test_a_phase_that_has_ended_stays_ended(tmp_path):
+    train(tmp_path, resampling(min_positive=1.0), save_steps=100)
+    model = build()
+    again = resampling(min_positive=1.0)
+    with pytest.raises(PhaseEndedError, match="the phase ended at step 5: only .* have a positive influence"):
+        train(tmp_path, again, model, resume=str(tmp_path / "checkpoint-5"), save_steps=100)
+    assert len(again.rounds) == 1 and not list(tmp_path.glob("checkpoint-1*"))
+
+
+def test_a_phase_that_ends_at_its_start_takes_no_step(tmp_path):
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PhaseEndedError, match="the phase ends before it begins: only"):
+        train(tmp_path, resampling(at_start=True, min_positive=1.0), model)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert not model._forward_pre_hooks
+
+
+def test_a_mixture_can_be_trained_on_again(tmp_path):
+    callback = resampling()
+    first, read = train(tmp_path / "first", callback)
+    callback.mixture.keep_folder = None
+    second, again = train(tmp_path / "second", callback)
+    assert again == read and [found.step for found in callback.rounds] == [5, 10, 15]
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in first.model.state_dict().items())
+
+
+def test_the_cost_of_earlier_rounds_survives_a_resume(tmp_path):
+    whole, resumed = resampling(), resampling()
+    train(tmp_path, whole, save_steps=12, max_steps=20)
+    train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-12"))
+    state = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["mobilellm_hf.resampling"]
+    assert 0 < saved["scoring"] < saved["seconds"] and resumed._scoring > saved["scoring"]
+
+
 def test_a_narrowed_spread_ends_a_phase(tmp_path):
     callback = resampling(min_spread=10.0)
     trainer, _ = train(tmp_path, callback)
@@ -178,6 +214,7 @@ def test_rows_that_are_also_in_a_probe_are_refused(tmp_path):
         (dict(scores="free"), "scores='free'"),
         (dict(every=0), "every=0 must be positive"),
         (dict(every=None), "give every, or at_start=True"),
+        (dict(every=None, at_start=True, scores="fused"), "heard between two rounds: give every"),
         (dict(reject=None, reweigh=False), "would change nothing"),
     ],
 )
@@ -196,9 +233,10 @@ def test_what_does_not_fit_the_run_is_refused_at_its_start(tmp_path):
         train(tmp_path, resampling(scores="fused"), remove_unused_columns=True)
 
 
+@pytest.mark.parametrize("at_start", [False, True])
 @pytest.mark.parametrize("first", ["distillation", "resampling"])
-def test_fused_scores_and_distillation_refuse_each_other_before_a_step(tmp_path, first):
-    callbacks = [DistillationCallback(build()), resampling(scores="fused")]
+def test_fused_scores_and_distillation_refuse_each_other_before_a_step(tmp_path, first, at_start):
+    callbacks = [DistillationCallback(build()), resampling(scores="fused", at_start=at_start)]
     callbacks = callbacks if first == "distillation" else callbacks[::-1]
     data = next(callback.mixture for callback in callbacks if hasattr(callback, "mixture"))
     trainer = Trainer(build(), arguments(tmp_path), train_dataset=data, callbacks=callbacks)
