@@ -17,6 +17,7 @@ from mobilellm_hf.data.source_weights import source_weights
 from mobilellm_hf.data.streaming import PackedStream
 from mobilellm_hf.data.tokenization import check_tokenizer
 from mobilellm_hf.influence.scorer import check_rows
+from mobilellm_hf.influence.scoring import fingerprint
 from mobilellm_hf.modeling import MobileLLMConfig
 from mobilellm_hf.nll import COLUMNS
 from mobilellm_hf.progress import Stage
@@ -141,6 +142,10 @@ def write_cache(
     """The teacher's probabilities of every row of the mixture, or what is missing of them."""
     if mixture.streams:
         raise ValueError(f"teacher_cache: {mixture.streams[0]} is a stream, whose rows cannot be cached")
+    rows = mixture.select(range(mixture.num_rows))
+    if (cache := _finished_cache(args, rows)) is not None:
+        stage.say(f"finished in an earlier run, {cache.bytes_per_token:.0f} bytes a token")
+        return
     shared = args.vocabulary == "shared_prefix"
     teacher = AutoConfig.from_pretrained(args.teacher).get_text_config().vocab_size
     if teacher != vocabulary_size and not (shared and teacher > vocabulary_size):
@@ -148,10 +153,19 @@ def write_cache(
             f"teacher: {args.teacher} has {teacher} ids and the student {vocabulary_size}: take a teacher of the same "
             "tokenizer; vocabulary: shared_prefix if it has more only by padding"
         )
-    rows = mixture.select(range(mixture.num_rows))
     stage.expect(len(rows))
     cache = TeacherCache.write(
         args.teacher, rows, args.teacher_cache, args.teacher_top_k, training.per_device_train_batch_size,
         vocabulary_size=vocabulary_size, dtype=DTYPES[args.teacher_dtype], on_batch=stage.advance,
     )  # fmt: skip
     stage.say(f"{cache.tokens / 1e6:.1f} M tokens, {cache.bytes_per_token:.0f} bytes each")
+
+
+def _finished_cache(args: StageArguments, rows: Dataset) -> TeacherCache | None:
+    """The cache, if it is whole and of these rows and this teacher: then the teacher need not be loaded."""
+    try:
+        cache = TeacherCache(args.teacher_cache)
+    except ValueError:
+        return None
+    wanted = {"teacher": str(args.teacher), "top_k": args.teacher_top_k, "dataset": fingerprint(rows)}
+    return cache if all(cache.manifest.get(name) == value for name, value in wanted.items()) else None

@@ -121,6 +121,8 @@ def test_a_teacher_is_cached_once_and_then_not_needed(project):
     ]
     done = run("midtrain", project / "midtrain.yaml", "--output_dir", str(project / "first"), *options)
     assert done.returncode == 0 and "teacher cache" in done.stdout, done.stderr[-3000:]
+    again = run("midtrain", project / "midtrain.yaml", "--output_dir", str(project / "first"), *options)
+    assert again.returncode == 0 and "finished in an earlier run" in again.stdout, again.stdout + again.stderr[-2000:]
     without = yaml.safe_load((project / "midtrain.yaml").read_text()) | {"output_dir": str(project / "second")}
     del without["teacher"]
     (project / "cached.yaml").write_text(yaml.safe_dump(without))

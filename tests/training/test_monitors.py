@@ -152,7 +152,7 @@ def test_probes_are_collated_once_and_a_silent_run_stays_silent(tmp_path, monkey
     trainer = Trainer(build(), options, train_dataset=rows(16), callbacks=[Stop(), ProbeNLLCallback(probe.probes, 2)])
     trainer.add_callback(tracker := Tracker())
     trainer.train()
-    # Whoever ends a run early has its last step measured too; the figures of step 2, which was not logged, are not sent.
+    # The last step of a run that is ended early is measured too; the figures of step 2, not logged, are not sent.
     assert [step for step, _ in probe_history(trainer.state.log_history)["code"]] == [0, 2, 3]
     assert [step for step, figures in tracker.sent if figures] == [3]
     unpredicted = rows(2).map(lambda row: {"labels": [-100] * 12})
