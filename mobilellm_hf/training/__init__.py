@@ -1,7 +1,7 @@
 """Callbacks for the stock `transformers.Trainer`: what a MobileLLM run reads, learns from and watches.
 
 live_mixture.py    a mixture under the Trainer: its state in checkpoints, the loss of each source
-resampling.py      influence decides during training what is read next; rounds.py, fused_scores.py
+resampling.py      influence decides during training what is read next; rounds.py, scored_parts.py, fused_scores.py
 distillation.py    the KL divergence from a teacher as the model's own loss; divergence.py, teacher.py
 teacher_cache.py   a teacher's probabilities on disk, for every student and phase
 monitors.py        NLL on probe sets, and a loss that is no number; rank_me.py, throughput.py

@@ -31,6 +31,7 @@ from mobilellm_hf.influence.scorer import InfluenceScorer, check_parameters, che
 from mobilellm_hf.training.fused_scores import FusedScores
 from mobilellm_hf.training.live_mixture import MixtureCallback, add_figures, draws_per_step, unwrap
 from mobilellm_hf.training.rounds import Round, Rules, decide, write_round
+from mobilellm_hf.training.scored_parts import ScoredParts
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class InfluenceResamplingCallback(MixtureCallback):
         scorer = InfluenceScorer(model, self.probes, self._curvature(optimizer, model), batch_size=self.batch_size)
         if self._fused is None:
             rows = self._candidates(state.global_step)
-            scores = self._score(scorer, rows)
+            scores = self._score(scorer, rows, state.global_step)
         else:
             self._fused.listen(scorer, state.global_step)
         if len(rows):
@@ -249,21 +250,19 @@ class InfluenceResamplingCallback(MixtureCallback):
             chosen.append(rows)
         return np.sort(np.concatenate(chosen))
 
-    def _score(self, scorer: InfluenceScorer, rows: np.ndarray) -> torch.Tensor:
-        """(rows, C) of all rows, on every rank: each scores its part."""
+    def _score(self, scorer: InfluenceScorer, rows: np.ndarray, step: int) -> torch.Tensor:
+        """(rows, C) of all rows, on every rank: each scores its part, and keeps it on disk until all are done."""
         distributed = dist.is_initialized() and dist.get_world_size() > 1
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
-        own = self.mixture.select(rows[rank::ranks])
-        scores = (
-            scorer.score(own, self.batch_size, allow_overlap=True) if len(own) else torch.empty(0, len(self.probes))
-        )
-        if not distributed:
-            return scores
-        parts: list[torch.Tensor] = [scores] * ranks
-        dist.all_gather_object(parts, scores)
+        parts = ScoredParts(Path(self.mixture.keep_folder), f"{step}-{rank}of{ranks}", scorer)
+        scores = parts.score(self.mixture, rows[rank::ranks], self.batch_size)
         result = torch.empty(len(rows), len(self.probes), dtype=torch.float64)
-        for number, part in enumerate(parts):
+        gathered: list[torch.Tensor] = [scores] * ranks
+        if distributed:
+            dist.all_gather_object(gathered, scores)
+        for number, part in enumerate(gathered):
             result[number::ranks] = part
+        parts.remove()
         return result
 
     # State

@@ -12,7 +12,7 @@ from mixture_cases import CAPABILITIES, arguments, build, drawn, mixture, probes
 from transformers import AutoModelForCausalLM, Trainer
 
 from mobilellm_hf.influence import AdamCurvature, InfluenceScorer
-from mobilellm_hf.training import DistillationCallback, InfluenceResamplingCallback, PhaseEndedError
+from mobilellm_hf.training import DistillationCallback, InfluenceResamplingCallback, PhaseEndedError, scored_parts
 
 
 def resampling(data=None, **options) -> InfluenceResamplingCallback:
@@ -75,6 +75,46 @@ def test_a_round_at_the_start_decides_for_every_draw(tmp_path):
     resumed = resampling(at_start=True, every=None, candidates_per_source=None)
     _, rest = train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-5"), max_steps=10)
     assert rest == read[40:] and len(resumed.rounds) == 1
+
+
+def test_a_round_that_is_interrupted_goes_on_with_what_it_has_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr(scored_parts, "ROWS_PER_PART", 32)
+    score, calls = scored_parts.ScoredParts._score, []
+
+    def interrupted(self, rows, batch_size):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(len(rows))
+        return score(self, rows, batch_size)
+
+    options = dict(at_start=True, every=None, candidates_per_source=None)
+    monkeypatch.setattr(scored_parts.ScoredParts, "_score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", resampling(**options), max_steps=2)
+    left = sorted(path.name for path in (tmp_path / "cut" / "mixture").iterdir())
+    assert left == [f"scored-0-0of1-{number:06d}.pt" for number in range(3)]
+    calls.clear()
+    resumed, whole = resampling(**options), resampling(**options)
+    train(tmp_path / "cut", resumed, max_steps=2)
+    assert calls == [32, 32]  # of five parts
+    assert not list((tmp_path / "cut" / "mixture").glob("scored-*"))
+    calls.clear()
+    monkeypatch.setattr(scored_parts.ScoredParts, "_score", score)
+    train(tmp_path / "whole", whole, max_steps=2)
+    assert resumed.rounds[0].weights == whole.rounds[0].weights
+    assert np.array_equal(resumed.mixture.kept(), whole.mixture.kept())
+
+
+def test_parts_that_another_model_has_scored_are_scored_again(tmp_path):
+    model, data, rows = build(), mixture(), np.arange(20)
+    scorer = InfluenceScorer(model, probes())
+    first = scored_parts.ScoredParts(tmp_path, "0", scorer).score(data, rows, 8)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    scorer = InfluenceScorer(model, probes())
+    again = scored_parts.ScoredParts(tmp_path, "0", scorer).score(data, rows, 8)
+    assert not torch.allclose(first, again)
+    torch.testing.assert_close(again, scorer.score(data.select(rows), 8))
 
 
 def test_helpful_sources_gain_and_noise_loses(tmp_path):
