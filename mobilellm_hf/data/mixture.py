@@ -18,7 +18,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -367,5 +367,11 @@ def _mask_name(generation: int) -> str:
     return f"keep-{generation:04d}.npy"
 
 
-def _digest(file: str | Path) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _digest(file: Path) -> str:
+    status = file.stat()
+    return _sha256(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=256)  # every checkpoint asks for every mask again
+def _sha256(file: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
