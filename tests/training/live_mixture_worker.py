@@ -19,4 +19,5 @@ losses = {name: value for name, value in trainer.state.log_history[2].items() if
 folder.mkdir(exist_ok=True)
 result = {"read": read, "rounds": rounds, "losses": losses}
 (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+dist.barrier()  # or one process tears down what the other still listens to
 dist.destroy_process_group()

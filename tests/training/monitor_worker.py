@@ -33,6 +33,7 @@ def main():
         figures |= RankMeCallback(data, every=1, positions=60, batch_size=4).measure(model)
         report = {"figures": figures, "forwards": len(forwards)}
         (folder / f"{way}-{state.process_index}.json").write_text(json.dumps(report))
+    state.wait_for_everyone()  # or one process tears down what the other still listens to
     state.destroy_process_group()
 
 
