@@ -39,6 +39,7 @@ TRAIN = """
 import resource, sys
 import mixture_cases
 import torch
+from mobilellm_hf.training import MixtureCallback
 
 class FullDisk(mixture_cases.StopAt):
     def on_step_end(self, args, state, control, **kwargs):
