@@ -189,8 +189,10 @@ PROBES = {"code": [{"name": "embedded:stdlib", "split": "probe"}]}
 
 
 def test_a_stage_may_be_new_or_go_on():
-    StageArguments(**NEW, probes=PROBES, resample_every=10, reject_rule="code").check()
-    StageArguments(model="runs/before", sources=NEW["sources"]).check()
+    new = StageArguments(**NEW, probes=PROBES, resample_every=10, reject_rule="code")
+    later = StageArguments(model="runs/before", sources=NEW["sources"])
+    assert new.check() is None and new.resamples() and new.released_name() == "MobileLLM-R1-140M-pretrain-stage1"
+    assert later.check() is None and not later.resamples() and not later.distils()
 
 
 @pytest.mark.parametrize(
