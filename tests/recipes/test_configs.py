@@ -53,6 +53,8 @@ def classes_of(config: Path) -> tuple[type, ...]:
     module = load_recipe(recipe)
     if recipe == "midtrain":
         return module.MidtrainArguments, module.MidtrainTrainingArguments
+    if recipe == "leave_one_out":
+        return module.LeaveOneOutArguments, module.LeaveOneOutTrainingArguments
     return (StageArguments, StageTrainingArguments) if recipe == "pretrain" else (module.ScoreInfluenceArguments,)
 
 
