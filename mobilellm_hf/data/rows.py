@@ -3,6 +3,7 @@
 - {name: "embedded:stdlib,sympy_docs", split: train}         # arguments of `load_corpus`, tokenized and packed
 - {catalog: open_web_math}                                    # a source of the paper's, all its subsets
 - {catalog: finemath, split: "train[:1%]", streaming: false, weight: 0.4}
+- {catalog: finemath, exclude: runs/curate/probes}            # without the documents that these files of probes hold
 - {rows: runs/quickstart/rows, split: probe, sources: [stdlib]}    # a saved folder of packed rows, taken as it is
 
 `load_rows` makes one data set of them; `load_sources` keeps the sources apart, as a mixture takes them, and reads
@@ -33,6 +34,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mobilellm_hf.data import catalog
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
+from mobilellm_hf.data.local_files import find_files
+from mobilellm_hf.data.ngrams import SharedText, leave_out
 from mobilellm_hf.data.packing import tokenize_and_pack
 from mobilellm_hf.data.row_table import rows_by_source
 from mobilellm_hf.data.source_weights import WEIGHT_KEYS, check_weight, one_source
@@ -41,6 +44,8 @@ from mobilellm_hf.nll import COLUMNS
 
 CORPUS_KEYS = tuple(inspect.signature(load_corpus).parameters)
 ROW_KEYS = ("rows", "split", "sources")
+EXCLUDE = "exclude"
+TEXT_KEYS = (*CORPUS_KEYS, EXCLUDE)
 
 
 def check_entries(label: str, entries: Sequence[Mapping[str, Any]], weights: bool = False) -> None:
@@ -59,7 +64,8 @@ def check_entries(label: str, entries: Sequence[Mapping[str, Any]], weights: boo
         if weights:
             check_weight(place, entry)
         try:
-            _expand(entry)
+            expand_entry(entry)
+            _excluded(entry)
         except CorpusError as error:
             raise ValueError(f"{place}: {error}") from error
 
@@ -71,7 +77,7 @@ def _check_fields(place: str, entry: Mapping[str, Any], weights: bool) -> None:
             f"{place} must have either a name (of a corpus) or rows (a saved folder) or catalog (the paper's source), "
             f"not {entry!r}"
         )
-    allowed = {"catalog": ("catalog", *CORPUS_KEYS), "rows": ROW_KEYS, "name": CORPUS_KEYS}[kinds[0]]
+    allowed = {"catalog": ("catalog", *TEXT_KEYS), "rows": ROW_KEYS, "name": TEXT_KEYS}[kinds[0]]
     if weights:
         allowed += WEIGHT_KEYS if kinds[0] == "catalog" else WEIGHT_KEYS[:1]
     if unknown := set(entry) - set(allowed):
@@ -81,9 +87,9 @@ def _check_fields(place: str, entry: Mapping[str, Any], weights: bool) -> None:
         raise ValueError(f"{place} has the field {name!r}; it may have {', '.join(allowed)}{hint}")
 
 
-def _expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+def expand_entry(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `load_corpus` is called with, once for each subset of a source of the catalog; or a folder of rows."""
-    given = {name: value for name, value in entry.items() if name not in ("catalog", *WEIGHT_KEYS)}
+    given = {name: value for name, value in entry.items() if name not in ("catalog", EXCLUDE, *WEIGHT_KEYS)}
     if "catalog" in entry:
         return catalog.entries(entry["catalog"], **given)
     if "weight" in entry and "name" in entry:
@@ -168,13 +174,20 @@ def _load_parts(
 ) -> Iterator[Dataset | PackedStream]:
     """The rows of each entry; after them a stream for each source of those that stream."""
     streams: dict[str, list[IterableDataset]] = {}
-    for arguments in [arguments for entry in entries for arguments in _expand(entry)]:
+    excluded: dict[tuple[str, ...], SharedText] = {}
+    for arguments, names in [(given, _excluded(entry)) for entry in entries for given in expand_entry(entry)]:
         if "rows" in arguments:
             yield _load_saved(arguments)
             continue
         if tokenizer is None:
             raise ValueError(f"{arguments['name']} is text: name the tokenizer that reads it")
         documents = load_corpus(**arguments)
+        if names:
+            if names not in excluded:
+                excluded[names] = _load_excluded(names)
+            documents = leave_out(documents, excluded[names], arguments["name"])
+            if isinstance(documents, Dataset) and not len(documents):
+                raise CorpusError(f"nothing is left of {arguments['name']}: {', '.join(names)} holds all of it")
         if isinstance(documents, Dataset):
             yield tokenize_and_pack(documents, tokenizer, seq_length, config=config)[0]
         else:
@@ -187,6 +200,23 @@ def _load_parts(
         if shuffle_buffer:
             documents = documents.shuffle(seed=seed, buffer_size=shuffle_buffer)
         yield PackedStream(documents, tokenizer, seq_length, config=config, repeat=True)
+
+
+def _excluded(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files and folders of `exclude`; there must be such."""
+    names = entry.get(EXCLUDE, ())
+    names = (names,) if isinstance(names, str) else names
+    if EXCLUDE in entry and not (names and isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+        raise CorpusError(f"exclude must be a folder or file of texts, or a list of them, not {entry[EXCLUDE]!r}")
+    for name in names:
+        if not Path(name).is_dir():
+            find_files(name)
+    return tuple(names)
+
+
+def _load_excluded(names: Sequence[str]) -> SharedText:
+    texts = [row["text"] for name in names for row in load_corpus(name, min_characters=1)]
+    return SharedText({"probes": texts})
 
 
 def _first_rows(stream: PackedStream, count: int) -> Dataset:

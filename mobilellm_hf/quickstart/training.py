@@ -1,8 +1,4 @@
-"""The stages of `recipes/quickstart.py`, from the text that a Python installation holds to a small mid-trained model.
-
-Each leaves a folder that a person can open, and is skipped by a run that finds it there. They are ordinary uses of
-this package, in the order in which a project of one's own would use it.
-"""
+"""Proxy, influence, mixes, teacher and mid-training of the quickstart, and what its models write."""
 
 import json
 import math
@@ -13,21 +9,18 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
-from mobilellm_hf.data.corpora import load_corpus
-from mobilellm_hf.data.documents import FirstSeen, cut_document
-from mobilellm_hf.data.embedded import SOURCES, load_embedded_corpus
 from mobilellm_hf.data.mixture import MixtureDataset
-from mobilellm_hf.data.packing import tokenize_and_pack
-from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.influence import AdamCurvature, average_checkpoints, group_influence, mixture_weights
 from mobilellm_hf.influence.plots import plot_influence
-from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
+from mobilellm_hf.modeling import MobileLLMForCausalLM
 from mobilellm_hf.progress import Stage, StageProgressCallback
+from mobilellm_hf.quickstart.data import sample_rows
+from mobilellm_hf.quickstart.settings import PROBES, PROMPTS, Settings
 from mobilellm_hf.training import (
     DistillationCallback,
     InfluenceResamplingCallback,
@@ -37,54 +30,6 @@ from mobilellm_hf.training import (
 )
 from mobilellm_hf.training.arguments import StageTrainingArguments
 from mobilellm_hf.workspace import Workspace
-
-# What a capability is measured on: held-out files of the sources that a person would choose for it.
-PROBES = {
-    "code": ("stdlib",),
-    "math": ("sympy_docs",),
-    "knowledge": ("python_reference", "numpy_docs"),
-}
-PROMPTS = {
-    "code": "def __init__(self,",
-    "math": "Return the derivative of",
-    "knowledge": "The following arguments are",
-}
-
-
-@dataclass
-class Shape:
-    """Of a model; the vocabulary and the length of rows are the run's."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-
-
-@dataclass
-class Settings:
-    """Everything that decides the result."""
-
-    steps: int
-    proxy_steps: int
-    teacher_steps: int
-    midtrain_steps: int
-    rows_per_source: int
-    rows_per_probe: int
-    rows_per_test: int
-    learning_rate: float
-    extra_source: list[str]
-    seed: int
-    vocab_size: int = 4096
-    seq_length: int = 128
-    batch_size: int = 4  # small: with so few tokens, the number of steps counts more than their precision
-    checkpoints_scored: int = 3
-    evaluations: int = 6
-
-
-STUDENT = Shape(192, 512, 4, 3, 1)
-TEACHER = Shape(256, 704, 4, 4, 1)
 
 
 @dataclass
@@ -96,85 +41,6 @@ class Run:
 
     def model(self) -> MobileLLMForCausalLM:
         return MobileLLMForCausalLM.from_pretrained(self.checkpoint)
-
-
-def load_extra_source(entry: str) -> Dataset:
-    """`DOMAIN:PATH_OR_ID` as documents of a few thousand characters."""
-    domain, _, name = entry.partition(":")
-    if domain not in PROBES or not name:
-        raise ValueError(f"--extra-source {entry!r}: write DOMAIN:PATH_OR_ID, DOMAIN one of {', '.join(PROBES)}")
-    rows = [
-        {"text": piece, "source": row["source"], "domain": domain}
-        for row in load_corpus(name, domain=domain)
-        for piece in cut_document(row["text"])
-    ]
-    return Dataset.from_list(rows)
-
-
-def build_corpus(workspace: Workspace, settings: Settings, stage: Stage) -> DatasetDict:
-    def build(path: Path) -> None:
-        # First, so that a misspelt file is found before anything is read.
-        extras = [load_extra_source(entry) for entry in settings.extra_source]
-        corpus = load_embedded_corpus()
-        names = [*SOURCES, *(extra[0]["source"] for extra in extras)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two sources are called {twice[0]!r}: rename the file of one --extra-source")
-        # The probes are the embedded corpus's own, so an extra source is for training alone.
-        known = FirstSeen()
-        for split in corpus.values():
-            known.batch(split["text"][:])
-        extras = [extra.filter(known.batch, input_columns="text", batched=True) for extra in extras]
-        corpus["train"] = concatenate_datasets([corpus["train"], *extras])
-        corpus.save_to_disk(path)
-
-    corpus = load_from_disk(workspace.once("corpus", build))
-    size = sum(len(text.encode()) for split in corpus.values() for text in split["text"][:])
-    stage.say(f"{len(set(corpus['train']['source'][:]))} sources, {size / 1e6:.1f} MB of text")
-    return corpus
-
-
-def build_rows(
-    workspace: Workspace, settings: Settings, corpus: DatasetDict, stage: Stage
-) -> tuple[PreTrainedTokenizerBase, DatasetDict]:
-    def build_tokenizer(path: Path) -> None:
-        texts = corpus["train"]["text"][:]
-        train_tokenizer(texts, settings.vocab_size, show_progress=False).save_pretrained(path)
-
-    def build(path: Path) -> None:
-        packed = {}
-        for name, split in corpus.items():
-            packed[name], report = tokenize_and_pack(split, tokenizer, settings.seq_length, config=config)
-            for line in report.sources:
-                if line.rows == 0:
-                    raise ValueError(
-                        f"the source {line.source!r} has {line.tokens} tokens for {name}, less than one row of "
-                        f"{settings.seq_length}: add text, or leave it out in another output folder"
-                    )
-        DatasetDict(packed).save_to_disk(path)
-
-    tokenizer = AutoTokenizer.from_pretrained(workspace.once("tokenizer", build_tokenizer))
-    config = model_config(settings, STUDENT, tokenizer)
-    rows = load_from_disk(workspace.once("rows", build))
-    tokens = len(rows["train"]) * settings.seq_length
-    stage.say(f"vocabulary {len(tokenizer):,}, {tokens / 1e6:.1f} M training tokens in rows of {settings.seq_length}")
-    return tokenizer, rows
-
-
-def model_config(settings: Settings, shape: Shape, tokenizer: PreTrainedTokenizerBase) -> MobileLLMConfig:
-    return MobileLLMConfig(
-        vocab_size=settings.vocab_size,
-        max_position_embeddings=settings.seq_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **vars(shape),
-    )
-
-
-def sample_rows(rows: Dataset, sources: tuple[str, ...], count: int, seed: int) -> Dataset:
-    """Up to `count` random rows of the given sources."""
-    chosen = rows.select([i for i, source in enumerate(rows["source"][:]) if source in sources]).shuffle(seed=seed)
-    return chosen.select(range(min(count, len(chosen))))
 
 
 def train(
@@ -233,7 +99,7 @@ def score_sources(
     """The mixture weights by influence; leaves every checkpoint's scores, the mixture and a picture in a folder."""
 
     def build(path: Path) -> None:
-        samples = {s: sample_rows(rows["train"], (s,), settings.rows_per_source, settings.seed) for s in sources}
+        samples = {s: sample_rows(rows["candidates"], (s,), settings.rows_per_source, settings.seed) for s in sources}
         probes = {c: sample_rows(rows["probe"], s, settings.rows_per_probe, settings.seed) for c, s in PROBES.items()}
         folders = workspace.checkpoints("proxy")[-settings.checkpoints_scored :]
         stage.expect(len(folders) * sum(len(part) for part in (*samples.values(), *probes.values())))

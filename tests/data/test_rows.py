@@ -1,5 +1,7 @@
 """Rows from lists of named sources: text that is packed, saved rows as they are, and misspelt entries."""
 
+import re
+
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -78,6 +80,10 @@ def test_a_random_choice_of_each_source_is_a_function_of_the_seed(saved):
         ([{"catalog": "arxiv"}], r"sources\[0\]: arxiv cannot be loaded by its name"),
         ([{"catalog": "wiki", "rows": "x"}], r"sources\[0\] must have either"),
         ([{"catalog": "wiki", "sources": ["x"]}], r"sources\[0\] has the field 'sources'"),
+        ([{"rows": "x", "exclude": "y"}], r"sources\[0\] has the field 'exclude'; it may have rows, split, sources"),
+        ([{"name": "a.txt", "exclude": "nowhere.jsonl"}], r"sources\[0\]: There is no file nowhere.jsonl"),
+        ([{"catalog": "wiki", "exclude": []}], r"sources\[0\]: exclude must be a folder or file of texts"),
+        ([{"name": "a.txt", "exclude": {"path": "x"}}], r"sources\[0\]: exclude must be a folder or file of texts"),
     ],
 )
 def test_misspelt_entries_are_refused_by_place_and_field(entries, message):
@@ -141,3 +147,34 @@ def test_a_weighted_entry_is_one_source_even_if_its_rows_say_more(lines, tokeniz
     entries = [{"name": str(lines / "mixed.jsonl"), "weight": 1.0}]
     check_entries("sources", entries, weights=True)
     assert set(load_rows(entries, tokenizer, 8, CONFIG)["source"]) == set(source_weights(entries)) == {"mixed"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_that_probes_hold_are_excluded_before_they_are_tokenized(lines, tokenizer, streaming, caplog):
+    (lines / "probes").mkdir()
+    Dataset.from_dict({"text": [LINE.format(n) for n in (0, 8)]}).to_parquet(lines / "probes" / "code.parquet")
+    # White space and what surrounds a document are nothing; the other documents share one of eight 13-grams with it.
+    around = f"To begin with. {LINE.format(10)} And more.".replace(" ", "\n ")
+    Dataset.from_dict({"text": [around]}).to_json(lines / "math.jsonl")
+    entry = {"name": str(lines / "even.jsonl"), "streaming": streaming}
+    excluding = {**entry, "exclude": [str(lines / "probes"), str(lines / "math.jsonl")]}
+    check_entries("sources", [excluding], weights=True)
+
+    def numbers(entry: dict) -> list[int]:
+        rows = load_rows([entry], tokenizer, 16, CONFIG, rows_per_source=1_000)
+        return sorted(map(int, re.findall(r"number (\d+) of", "".join(tokenizer.batch_decode(rows["input_ids"][:])))))
+
+    # The last row of a stream may be short of its end.
+    assert {0, 8, 10} < set(numbers(entry))
+    with caplog.at_level("INFO", "mobilellm_hf.data.ngrams"):
+        assert set(numbers(entry)) - set(numbers(excluding)) == {0, 8, 10}
+    assert f"even.jsonl: 3 {'documents' if streaming else 'of 30 documents'}" in caplog.text
+
+
+def test_an_entry_of_which_nothing_is_left_is_an_error(lines, tokenizer):
+    entry = {"name": str(lines / "even.jsonl"), "exclude": str(lines / "even.jsonl")}
+    with pytest.raises(CorpusError, match=r"nothing is left of .*even.jsonl: .*even.jsonl holds all of it"):
+        load_rows([entry], tokenizer, 16, CONFIG)
+    with pytest.raises(CorpusError, match="no column 'text'"):
+        Dataset.from_dict({"body": ["x"]}).to_parquet(lines / "wrong.parquet")
+        load_rows([{**entry, "exclude": str(lines / "wrong.parquet")}], tokenizer, 16, CONFIG)

@@ -17,6 +17,7 @@ from transformers import Trainer
 from trl import TrlParser
 
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
+from mobilellm_hf.curation.arguments import CurateArguments
 from mobilellm_hf.data.catalog import mixture, printed
 from mobilellm_hf.data.catalog_sources import BENCHMARK_ROWS
 from mobilellm_hf.data.source_weights import source_weights
@@ -55,7 +56,9 @@ def classes_of(config: Path) -> tuple[type, ...]:
         return module.MidtrainArguments, module.MidtrainTrainingArguments
     if recipe == "leave_one_out":
         return module.LeaveOneOutArguments, module.LeaveOneOutTrainingArguments
-    return (StageArguments, StageTrainingArguments) if recipe == "pretrain" else (module.ScoreInfluenceArguments,)
+    if recipe == "pretrain":
+        return StageArguments, StageTrainingArguments
+    return (module.CurateArguments if recipe == "curate" else module.ScoreInfluenceArguments,)
 
 
 def parse(config: Path, *options: str) -> tuple:
@@ -97,7 +100,7 @@ def test_a_file_begins_with_what_it_is_for(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_takes_its_file(config, elsewhere):
     arguments = parse(config)[0]
-    if isinstance(arguments, StageArguments):
+    if isinstance(arguments, StageArguments | CurateArguments):
         arguments.check()
     given = yaml.safe_load(config.read_text())
     for value in parse(config):

@@ -16,12 +16,12 @@ import yaml
 from datasets import load_dataset
 from safetensors.torch import load_file
 
-from mobilellm_hf.quickstart import load_extra_source
+from mobilellm_hf.quickstart.data import load_extra_source
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
-    "--steps 6 --proxy-steps 3 --teacher-steps 2 --midtrain-steps 4 --rows-per-source 2 --rows-per-probe 2 "
-    "--rows-per-test 2"
+    "--judge-steps 3 --documents-per-source 60 --steps 6 --proxy-steps 3 --teacher-steps 2 --midtrain-steps 4 "
+    "--rows-per-source 2 --rows-per-probe 2 --rows-per-test 2"
 ).split()
 LAST = {"influence-mix": 6, "uniform-mix": 6, "mid-training-1": 4, "mid-training-2": 4}
 
@@ -52,7 +52,12 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def test_it_ends_with_a_table_pictures_and_a_model_that_generates(finished):
     folder, output = finished
-    assert "Held-out NLL" in output and "[10/10] report" in output and "Mid-training on" in output
+    assert (
+        "Held-out NLL" in output
+        and "[12/12] report" in output
+        and "ask-domain" in output
+        and "Mid-training on" in output
+    )
     weights = yaml.safe_load((folder / "influence" / "mixture.yaml").read_text())["weights"]
     assert len(weights) >= 6 and sum(weights.values()) == pytest.approx(1)
     scores = load_dataset("parquet", data_files=str(folder / "influence" / "scores.parquet"), split="train")

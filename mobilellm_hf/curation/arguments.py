@@ -1,0 +1,124 @@
+"""What the YAML file of a curation says, and the steps that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mobilellm_hf.curation.ask_llm import AskLLM, Judge
+from mobilellm_hf.curation.contamination import load_benchmarks
+from mobilellm_hf.curation.deduplication import MODEL, THRESHOLD, Embedder
+from mobilellm_hf.curation.probes import PROBE_SOURCES
+from mobilellm_hf.curation.quality import FINEWEB_EDU, QualityClassifier
+from mobilellm_hf.curation.representative import AtMost, Decontamination, SemanticDeduplication, domain_prompts
+from mobilellm_hf.curation.stages import CurationStage
+from mobilellm_hf.curation.text_filter import TextFilter
+from mobilellm_hf.data.rows import check_entries
+
+
+def _help(text: str, default: Any = None) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CurateArguments:
+    output_dir: str = field(metadata={"help": "folder of the steps, the representative sets and the probes"})
+    sources: list[dict] = _help("YAML only: corpora: {name: CORPUS} or {catalog: SOURCE}, see data/rows.py", list)
+    probes: dict = _help(
+        "YAML only: capability -> names of the sources of its probe set; by default the paper's", dict
+    )
+    max_documents: int | None = _help("documents of each entry at most; a stream needs it")
+    classifier: str | None = _help("sequence classifier of quality; null leaves the step out", FINEWEB_EDU)
+    classifier_label: str | None = _help("of a classifier with several classes, the one whose probability counts")
+    min_quality: float = _help("what a document's quality must exceed", 4.0)
+    judge: str | None = _help("causal LM that judges documents, folder or Hub id; null leaves both Ask-LLM steps out")
+    judge_dtype: str = _help("auto, float32 or bfloat16", "auto")
+    judge_max_length: int | None = _help("tokens of prompt and document; by default the judge's context")
+    chat: bool | None = _help("whether to ask in the judge's chat template; by default if it has one")
+    prompts: dict = _help("YAML only: prompt files of your own for general, code, math, knowledge, combined", dict)
+    top: float = _help("share of each source that the general Ask-LLM keeps", 0.1)
+    domain_top: float = _help("share of what is left that the domain's Ask-LLM keeps", 0.1)
+    benchmarks: list[dict] = _help("YAML only: names, or {name, path, columns}, of what no document may contain", list)
+    ngram: int = _help("words in a row that a document may not share with a benchmark", 13)
+    embedder: str | None = _help("sentence-transformers model; null leaves deduplication out", MODEL)
+    embedder_max_length: int | None = _help("tokens of a document that it reads; by default what it was made for")
+    max_similarity: float = _help("cosine from which on two documents are alike", THRESHOLD)
+    per_source: int = _help("documents of a source that stay at most", 10_000)
+    training: list[dict] = _help(
+        "YAML only: corpora that are trained on; what the probes share with them is told", list
+    )
+    num_proc: int | None = _help("processes of the steps that run no model")
+    batch_tokens: int = _help("tokens of a batch, per process", 16_384)
+    documents_per_shard: int = _help("what a kill can cost a process", 1_024)
+    samples_shown: int = _help("documents in samples.md of each step and reason", 3)
+    dry_run: int | None = _help("score only so many documents of each source, and estimate hours")
+    seed: int = _help("seed of the random choices", 0)
+
+    def check(self) -> None:
+        """Raises a ValueError for what can be told before anything is loaded; the message names the field."""
+        check_entries("sources", self.sources)
+        if self.training:
+            check_entries("training", self.training)
+        for number, entry in enumerate(self.sources):
+            if "rows" in entry:
+                raise ValueError(f"sources[{number}]: rows are tokens; a curation reads text: {{name: ...}}")
+            if "exclude" in entry:
+                raise ValueError(f"sources[{number}]: exclude is for what a model trains on, not for a curation")
+        names = ("max_documents", "per_source", "batch_tokens", "documents_per_shard", "dry_run", "ngram", "num_proc")
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be positive")
+        for name in ("top", "domain_top"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a share above 0 and up to 1")
+        if not 0 < self.max_similarity <= 1:
+            raise ValueError(f"max_similarity={self.max_similarity} must be a cosine above 0 and up to 1")
+        if unknown := set(self.prompts) - {"general", "code", "math", "knowledge", "combined"}:
+            raise ValueError(f"prompts has {min(unknown)!r}: there are general, code, math, knowledge and combined")
+        for capability, sources in self.probes.items():
+            if not isinstance(sources, list) or not sources:
+                raise ValueError(f"probes.{capability} must be a list of names of sources, not {sources!r}")
+
+    def composition(self, sources: Sequence[str]) -> dict[str, list[str]]:
+        """capability -> sources of its probe set, of those that there are.
+
+        Raises:
+            ValueError: `probes` names a source that there is not, or a capability has none.
+        """
+        known = set(sources)
+        for capability, names in self.probes.items():
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"probes.{capability}: there is no source {unknown[0]!r}; there are {sorted(known)}")
+        if self.probes:
+            return self.probes
+        paper = {c: [name for name in names if name in known] for c, names in PROBE_SOURCES.items()}
+        if not any(paper.values()):
+            raise ValueError(f"probes: none of the paper's sources is among {sorted(known)}: compose probes of them")
+        return {capability: names for capability, names in paper.items() if names}
+
+    def stages(self, sources: Sequence[str]) -> list[CurationStage]:
+        """The steps, in the paper's order; no weights are loaded."""
+        stages: list[CurationStage] = [TextFilter(num_proc=self.num_proc)]
+        shard = {"per_shard": self.documents_per_shard}
+        if self.classifier:
+            options = {"label": self.classifier_label, "batch_tokens": self.batch_tokens}
+            stages.append(QualityClassifier(self.classifier, self.min_quality, **options, **shard))
+        if self.judge:
+            options = {"dtype": self.judge_dtype, "max_length": self.judge_max_length, "chat": self.chat}
+            judge = Judge(self.judge, batch_tokens=self.batch_tokens, **options)
+            general = self.prompts.get("general", "general")
+            stages.append(AskLLM(judge, general, top=self.top, name="ask-general", **shard))
+            by_source = domain_prompts(self.composition(sources), sources)
+            by_source = {source: self.prompts.get(prompt, prompt) for source, prompt in by_source.items()}
+            stages.append(AskLLM(judge, by_source, top=self.domain_top, name="ask-domain", **shard))
+        if self.benchmarks:
+            stages.append(Decontamination(load_benchmarks(self.benchmarks), self.ngram, num_proc=self.num_proc))
+        if self.embedder:
+            embedder = Embedder(self.embedder, max_length=self.embedder_max_length)
+            stages.append(SemanticDeduplication(embedder, self.max_similarity, self.per_source, **shard))
+        else:
+            stages.append(AtMost(self.per_source))
+        return stages
