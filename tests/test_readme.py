@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = dict(zip(("load", "train", "midtrain", "score", "release"), re.findall(r"```python\n(.*?)```", README, re.S)))
+BLOCKS = dict(
+    zip(("load", "train", "midtrain", "curate", "score", "release"), re.findall(r"```python\n(.*?)```", README, re.S))
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,8 @@ def run_block(tmp_path_factory):
     return run
 
 
-def test_there_are_five_uses():
-    assert README.count("```python") == len(BLOCKS) == 5
+def test_there_are_six_uses():
+    assert README.count("```python") == len(BLOCKS) == 6
 
 
 def test_midtraining_reweighs_the_sources(run_block):
@@ -42,6 +45,14 @@ def test_midtraining_reweighs_the_sources(run_block):
     weights = ast.literal_eval(re.search(r"^({.*?}) {'stdlib': SourceDraw", output, re.M)[1])
     assert sum(weights.values()) == pytest.approx(1) and weights["stdlib"] != 0.5
     assert "influence/positive" in output and "distillation/kl" in output
+
+
+def test_curation_says_what_it_kept(run_block):
+    output = run_block("curate")
+    decisions = pq.read_table(run_block.folder / "runs/curated/4-deduplication/decisions.parquet")
+    kept = set(decisions["source"].to_pylist())
+    assert kept == {"python_reference", "package_descriptions"} and all(name in output for name in kept)
+    assert "'code': {'python_reference': " in output
 
 
 def test_what_train_saved_is_loaded_and_generates(run_block):

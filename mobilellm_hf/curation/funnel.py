@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from datasets import Dataset
 from rich.table import Table
 
@@ -17,18 +18,19 @@ SHOWN_CHARACTERS = 600
 
 @dataclass(frozen=True)
 class FunnelStep:
-    """Documents that a step kept, by source, and how many fell, by reason."""
+    """Documents that a step kept, by source, how many fell, by reason, and how many it read only in part."""
 
     name: str
     kept: dict[str, int]
     fallen: dict[str, int]
+    truncated: int = 0
 
 
 def funnel(reports: Sequence[StageReport], sources: Sequence[str]) -> list[FunnelStep]:
     """The steps in order, after a first one with what the corpora hold."""
     steps = []
     for report in reports:
-        table = report.table(["source", "reason"])
+        table = report.table()
         counts = table.group_by(["source", "reason"]).aggregate([([], "count_all")]).to_pylist()
         kept, fallen, reached = dict.fromkeys(sources, 0), {}, dict.fromkeys(sources, 0)
         for row in counts:
@@ -39,7 +41,8 @@ def funnel(reports: Sequence[StageReport], sources: Sequence[str]) -> list[Funne
                 fallen[row["reason"]] = fallen.get(row["reason"], 0) + row["count_all"]
         if not steps:
             steps.append(FunnelStep("documents", reached, {}))
-        steps.append(FunnelStep(report.name, kept, fallen))
+        truncated = int(pa.compute.sum(table["truncated"]).as_py()) if "truncated" in table.column_names else 0
+        steps.append(FunnelStep(report.name, kept, fallen, truncated))
     return steps
 
 
@@ -55,12 +58,14 @@ def funnel_table(steps: Sequence[FunnelStep]) -> Table:
 
 
 def reasons_table(steps: Sequence[FunnelStep]) -> Table:
-    """Why documents fell, and how many."""
+    """Why documents fell, and how many; and how many a model read only in part, for their length."""
     table = Table("step", "why documents fell", "documents", title="Reasons")
     table.columns[2].justify = "right"
     for step in steps:
         for reason, count in sorted(step.fallen.items(), key=lambda item: -item[1]):
             table.add_row(step.name, reason, f"{count:,}")
+        if step.truncated:
+            table.add_row(step.name, "(longer than the model reads, kept or not)", f"{step.truncated:,}")
     return table
 
 

@@ -1,7 +1,7 @@
 """The steps of a curation: each maps a data set to a smaller one, and says why every document fell that did.
 
     kept = QualityClassifier("HuggingFaceFW/fineweb-edu-classifier", threshold=4.0)(documents)
-    result = curate(documents, [quality, ask_llm, deduplication], Path("runs/curate"))
+    result = curate(documents, [quality, ask_llm, deduplication], "runs/curate")
 
 A step that `curate` runs leaves a folder with its scores in shards and with `decisions.parquet`: a line a document
 that reached it. What is finished there is never done again; what would come out otherwise (other documents, other
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 from accelerate import PartialState
 from datasets import Dataset
@@ -126,9 +127,9 @@ class CurationStage(ABC):
             AllRejectedError: none stays.
         """
         if folder is not None:
-            return curate(documents, [self], Path(folder)).documents
+            return curate(documents, [self], folder).documents
         with tempfile.TemporaryDirectory() as temporary:
-            return curate(documents, [self], Path(temporary)).documents
+            return curate(documents, [self], temporary).documents
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Curation:
 def curate(
     documents: Dataset,
     stages: Sequence[CurationStage],
-    folder: Path,
+    folder: str | Path,
     on_stage: Callable[[CurationStage, int], Rate] | None = None,
 ) -> Curation:
     """Runs the steps in turn, each on what the one before has left.
@@ -191,7 +192,7 @@ def curate(
         part = documents if len(numbers) == len(documents) else documents.select(numbers)
         rate = Rate() if on_stage is None else on_stage(stage, len(part))
         before, key = key, key_of(key, stage.settings())
-        given = StageInput(part, folder / f"{place}-{stage.name}", before, key, rate, scores[numbers])
+        given = StageInput(part, Path(folder) / f"{place}-{stage.name}", before, key, rate, scores[numbers])
         report = _run(stage, given, numbers)
         decisions = report.table()
         kept = pa.compute.equal(decisions["reason"], KEPT).to_numpy()
