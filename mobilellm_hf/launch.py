@@ -1,6 +1,7 @@
 """What recipes do around their work: the command line, one process's voice, and errors in a line."""
 
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from transformers import logging as transformers_logging
 from trl import TrlParser
+
+SECONDS_FOR_THE_FIRST = 5
 
 
 def launch(description: str, classes: tuple[type, ...], run: Callable[..., object]) -> None:
@@ -33,6 +36,9 @@ def launch(description: str, classes: tuple[type, ...], run: Callable[..., objec
         console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
         sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        # What is wrong with the configuration every process finds; one of them says it.
+        if not state.is_main_process:
+            # What all of them find the first one says, and the launcher ends the others at once.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+            console = Console(stderr=True)
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)

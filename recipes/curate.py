@@ -76,13 +76,16 @@ def run(args: CurateArguments, console: Console) -> None:
         sources = sources_of(documents)[1]
         stage.say(f"{len(documents):,} of {len(sources)} sources")
     steps = args.stages(sources)
+    training = None
+    if args.training:  # here, where all processes are
+        training = open_documents(args.training, folder / "training", Rate(), args.max_documents, args.seed)
     with StageProgress([*(step.name for step in steps), "results"], console) as progress:
         display = Display(progress)
         result = curate(documents, steps, folder, display)
         display.close(len(result.documents))
         with progress.stage("results"):
             if main:
-                reports = write_results(args, documents, result, sources, folder)
+                reports = write_results(args, documents, result, sources, training, folder)
     if main:
         for report in reports:
             console.print(report)
@@ -90,7 +93,12 @@ def run(args: CurateArguments, console: Console) -> None:
 
 
 def write_results(
-    args: CurateArguments, documents: Dataset, result: Curation, sources: list[str], folder: Path
+    args: CurateArguments,
+    documents: Dataset,
+    result: Curation,
+    sources: list[str],
+    training: Dataset | None,
+    folder: Path,
 ) -> list[Table]:
     """The files that a person or another recipe reads; returns tables to print."""
     steps = funnel(result.reports, sources)
@@ -102,11 +110,14 @@ def write_results(
     representative = {name: kept.select(np.flatnonzero(codes == number)) for number, name in enumerate(names)}
     probes, report = compose_probes(representative, args.composition(sources), missing="skip")
     for place, parts in (("representative", representative), ("probes", probes)):
+        for file in (folder / place).glob("*.parquet"):  # of an earlier composition
+            if file.stem not in parts:
+                file.unlink()
         for name, part in parts.items():
             write_whole(folder / place / f"{name}.parquet", lambda path, part=part: part.to_parquet(path))
     tables = [funnel_table(steps), reasons_table(steps), probe_table(report)]
-    if args.training:
-        tables.append(training_table(args, probes, folder))
+    if training is not None:
+        tables.append(training_table(args, training, probes, folder))
     return tables
 
 
@@ -132,9 +143,8 @@ def probe_table(report: ProbeReport) -> Table:
     return table
 
 
-def training_table(args: CurateArguments, probes: dict[str, Dataset], folder: Path) -> Table:
+def training_table(args: CurateArguments, training: Dataset, probes: dict[str, Dataset], folder: Path) -> Table:
     """What the training corpora and the probe sets share."""
-    training = open_documents(args.training, folder / "training", Rate(), args.max_documents, args.seed)
     shared = shared_with_training(training, probes, args.ngram, args.num_proc)
     remedy = f"exclude: {folder / 'probes'} in a source of a recipe leaves them out"
     table = Table(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from mobilellm_hf.curation.ask_llm import AskLLM, Judge
 from mobilellm_hf.curation.contamination import load_benchmarks
 from mobilellm_hf.curation.deduplication import MODEL, THRESHOLD, Embedder
@@ -76,6 +78,8 @@ class CurateArguments:
                 raise ValueError(f"{name}={getattr(self, name)} must be a share above 0 and up to 1")
         if not 0 < self.max_similarity <= 1:
             raise ValueError(f"max_similarity={self.max_similarity} must be a cosine above 0 and up to 1")
+        if self.judge_dtype != "auto" and not isinstance(getattr(torch, self.judge_dtype, None), torch.dtype):
+            raise ValueError(f"judge_dtype={self.judge_dtype} must be auto, float32 or bfloat16")
         if unknown := set(self.prompts) - {"general", "code", "math", "knowledge", "combined"}:
             raise ValueError(f"prompts has {min(unknown)!r}: there are general, code, math, knowledge and combined")
         for capability, sources in self.probes.items():

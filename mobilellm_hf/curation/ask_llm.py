@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from mobilellm_hf.curation.scoring import (
     OnDocuments,
+    key_of,
     length_batches,
     model_identity,
     sources_of,
@@ -113,7 +114,10 @@ class Judge:
     def settings(self) -> dict[str, Any]:
         """What decides its scores."""
         options = {"dtype": str(self.dtype), "max_length": self.max_length, "chat": self.chat}
-        return {"judge": model_identity(self._given[0], self.revision), **options}
+        model, tokenizer = self._given
+        if tokenizer is not None:
+            options["tokenizer"] = key_of(tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
+        return {"judge": model_identity(model, self.revision), **options}
 
     def check(self, prompts: Sequence[str]) -> None:
         """Loads no weights. Raises what `score` would about the tokenizer and these prompts."""
@@ -187,8 +191,10 @@ class Judge:
 
     def _chat_parts(self, text: str) -> list[str]:
         turn = [{"role": "user", "content": text}]
-        whole = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return whole.split(PLACEHOLDER)
+        parts = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(PLACEHOLDER)
+        if len(parts) != 2:
+            raise JudgeError(f"the chat template of {self.name} writes a turn {len(parts) - 1} times: chat=False")
+        return parts
 
     def _answer(self, after: str, after_ids: list[int], label: str) -> int:
         """The one token that the answer is, where the prompt ends."""
@@ -248,7 +254,7 @@ class Judge:
 
     def _cache_of(self, prompt: Prompt) -> DynamicCache | None:
         """Keys and values of what precedes every document; None for a model that keeps none."""
-        if prompt.cache is None and self.reuse_prefix and prompt.before:
+        if prompt.cache is None and self.reuse_prefix and prompt.before and prompt.after:
             ids = torch.tensor([prompt.before], device=self.model.device)
             cache = getattr(self.model(input_ids=ids, use_cache=True), "past_key_values", None)
             # A sliding window would count the padding between the prefix and a short document.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from mobilellm_hf.curation.scoring import Rate, key_of, sources_of
 from mobilellm_hf.data.catalog import SOURCES
@@ -23,6 +23,7 @@ from mobilellm_hf.workspace import write_whole
 
 COLUMNS = ("text", "source", "domain")
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+FEATURES = Features({name: Value("string") for name in COLUMNS})
 DOCUMENTS_PER_SHARD = 5_000
 
 
@@ -53,7 +54,7 @@ def open_documents(
             elif max_documents is not None and len(documents) > max_documents:
                 chosen = np.random.default_rng(seed).permutation(len(documents))[:max_documents]
                 documents = documents.select(np.sort(chosen))
-            parts.append(documents.select_columns(list(COLUMNS)))
+            parts.append(_in_form(documents))
         return concatenate_datasets(parts)
 
 
@@ -78,6 +79,8 @@ def sample_documents(
                 if size is None:
                     raise ValueError(f"{arguments['name']} is a stream of unknown length: give max_documents")
                 documents = Dataset.from_list(list(itertools.islice(documents, count)))
+                if not len(documents):
+                    raise CorpusError(_no_document(str(arguments["name"])))
             else:
                 size = len(documents)
             share = min(size, max_documents or size) / len(documents)
@@ -85,7 +88,7 @@ def sample_documents(
             for number, name in enumerate(names):
                 rows = np.random.default_rng(seed).permutation(np.flatnonzero(codes == number))
                 totals[name] = totals.get(name, 0.0) + len(rows) * share
-                parts.append(documents.select_columns(list(COLUMNS)).select(np.sort(rows[:count])))
+                parts.append(_in_form(documents.select(np.sort(rows[:count]))))
     return concatenate_datasets(parts), totals
 
 
@@ -107,8 +110,17 @@ def save_stream(stream: IterableDataset, folder: Path, count: int, name: str, ra
             rate.scored(len(shard))
         saved.end()
     if not saved.documents:
-        raise CorpusError(f"{name} holds no document: check the split, the text column and min_characters")
+        raise CorpusError(_no_document(name))
     return saved.dataset()
+
+
+def _in_form(documents: Dataset) -> Dataset:
+    documents = documents.select_columns(list(COLUMNS))
+    return documents if documents.features == FEATURES else documents.cast(FEATURES)  # such as large_string
+
+
+def _no_document(name: str) -> str:
+    return f"{name} holds no document: check the split, the text column and min_characters"
 
 
 class _SavedStream:

@@ -111,8 +111,6 @@ class Rate:
             self._on_documents(documents)
 
     def scored(self, documents: int) -> None:
-        """Told by one process, and counted for all: they take equal shares."""
-        documents *= PartialState().num_processes
         self.found(documents)
         self._scored += documents
         seconds = time.perf_counter() - self._began
@@ -170,6 +168,10 @@ def score_documents(
     """
     state = PartialState()
     count = -(-len(documents) // per_shard)
+
+    def on_documents(scored: int) -> None:
+        rate.scored(scored * state.num_processes)  # which take equal shares
+
     for number in range(state.process_index, count, state.num_processes):
         part = range(number * per_shard, min((number + 1) * per_shard, len(documents)))
         file = _shard_file(folder, number)
@@ -178,7 +180,7 @@ def score_documents(
             continue
         rows = documents.select(part)
         rate.begin()
-        columns = scorer.score(rows["text"][:], rows["source"][:], rate.scored)
+        columns = scorer.score(rows["text"][:], rows["source"][:], on_documents)
         write_whole(file, lambda path, columns=columns: _write(path, columns, key))
     state.wait_for_everyone()
     return ShardedScores(folder, len(documents), per_shard)
