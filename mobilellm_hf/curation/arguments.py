@@ -53,7 +53,7 @@ class CurateArguments:
         "YAML only: corpora that are trained on; what the probes share with them is told", list
     )
     num_proc: int | None = _help("processes of the steps that run no model")
-    batch_tokens: int = _help("tokens of a batch, per process", 16_384)
+    batch_tokens: int | None = _help("tokens of a batch, per process; by default 16,384, or 1,024 on a CPU")
     documents_per_shard: int = _help("what a kill can cost a process", 1_024)
     samples_shown: int = _help("documents in samples.md of each step and reason", 3)
     dry_run: int | None = _help("score only so many documents of each source, and estimate hours")

@@ -85,7 +85,8 @@ class Judge:
         tokenizer: by default that of `model`.
         max_length: tokens of prompt and document; by default the model's context. Longer documents are cut at their
             end, and counted.
-        batch_tokens: of a batch, padding included, without the shared prefix.
+        batch_tokens: of a batch, padding included, without the shared prefix; by default what the device takes, see
+            `length_batches`.
         chat: whether the prompt is a user's turn in the tokenizer's chat template; by default if it has one.
         reuse_prefix: whether keys and values of what precedes the document are computed once. Models without a cache
             of keys and values, or with one that slides, read it with every document.
@@ -99,7 +100,7 @@ class Judge:
         revision: str | None = None,
         dtype: str | torch.dtype = "auto",
         max_length: int | None = None,
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
         chat: bool | None = None,
         reuse_prefix: bool = True,
     ):

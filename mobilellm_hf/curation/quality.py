@@ -38,7 +38,7 @@ class QualityClassifier(CurationStage):
         label: for a classifier of several classes, the class (its name in `id2label`) whose probability is the score.
         max_length: tokens that are read of a document, its beginning; by default the model's context, 512 at most
             being what FineWeb-Edu's classifier was trained on.
-        batch_tokens: of a batch, padding included.
+        batch_tokens: of a batch, padding included; by default what the device takes, see `length_batches`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class QualityClassifier(CurationStage):
         revision: str | None = None,
         dtype: str | torch.dtype = "auto",
         max_length: int = 512,
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
         name: str = "quality",
         per_shard: int = 1_024,
     ):

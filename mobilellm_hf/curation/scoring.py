@@ -81,11 +81,14 @@ def sources_of(documents: Dataset) -> tuple[np.ndarray, list[str]]:
     return column.indices.to_numpy(), column.dictionary.to_pylist()
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], batch_tokens: int | None) -> Iterator[list[int]]:
     """Indices in batches of like lengths, each of at most `batch_tokens` with its padding, or a single one.
 
-    The longest come first: what does not fit into memory fails at once.
+    The longest come first: what does not fit into memory fails at once. By default an accelerator gets 16,384 tokens
+    a batch. A CPU gets 1,024, for larger ones do not fit its caches and take more than half as long again.
     """
+    if batch_tokens is None:
+        batch_tokens = 1_024 if PartialState().device.type == "cpu" else 16_384
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
