@@ -36,7 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["mobilellm_hf", "mobilellm_hf.*"]),
-    package_data={"mobilellm_hf.curation": ["prompts/*.txt"]},
+    package_data={"mobilellm_hf.curation": ["prompts/*.txt"], "mobilellm_hf.data": ["chat_template.jinja"]},
     python_requires=">=3.10",
     install_requires=[
         # the model

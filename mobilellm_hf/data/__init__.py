@@ -17,6 +17,10 @@ Rooms, in the order data flows through them:
     draws.py             which row a draw takes, a pure function; permutation.py, random orders without memory
     source_rows.py       the rows of its sources, as tensors straight from Arrow: row_table.py
     shared_history.py    what all who read it must agree on
+    ngrams.py            texts that two data sets share
+    chat.py              conversations as rows with labels; chat_template.jinja, how they are written down
+    chat_sources.py      the sets of Table 7, and any other: columns to messages
+    synthetic_chat.py    problems with checkable answers, generated
 
 Import the submodule you need: this package imports nothing itself, so `import mobilellm_hf.data` costs nothing.
 """

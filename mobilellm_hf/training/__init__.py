@@ -5,7 +5,8 @@ resampling.py      influence decides during training what is read next; rounds.p
 distillation.py    the KL divergence from a teacher as the model's own loss; divergence.py, teacher.py
 teacher_cache.py   a teacher's probabilities on disk, for every student and phase
 monitors.py        NLL on probe sets, and a loss that is no number; rank_me.py, throughput.py
-stage.py           a whole stage from a YAML file; arguments.py, launch.py
+stage.py           a whole stage from a YAML file; arguments.py
+sft.py             supervised fine-tuning with TRL; sft_arguments.py, sft_data.py
 plots.py, tables.py   what is shown at the end
 """
 

@@ -22,6 +22,7 @@ from mobilellm_hf.data.catalog import mixture, printed
 from mobilellm_hf.data.catalog_sources import BENCHMARK_ROWS
 from mobilellm_hf.data.source_weights import source_weights
 from mobilellm_hf.training.arguments import StageArguments, StageTrainingArguments
+from mobilellm_hf.training.sft_arguments import SFTArguments, SFTTrainingArguments
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -50,6 +51,8 @@ def load_recipe(name: str):
 
 
 def classes_of(config: Path) -> tuple[type, ...]:
+    if config.stem.startswith("sft_") or config.parent.name == "ablations":
+        return SFTArguments, SFTTrainingArguments
     recipe = config.stem.partition("_phase")[0]
     module = load_recipe(recipe)
     if recipe == "midtrain":
@@ -100,7 +103,7 @@ def test_a_file_begins_with_what_it_is_for(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_takes_its_file(config, elsewhere):
     arguments = parse(config)[0]
-    if isinstance(arguments, StageArguments | CurateArguments):
+    if isinstance(arguments, StageArguments | CurateArguments | SFTArguments):
         arguments.check()
     given = yaml.safe_load(config.read_text())
     for value in parse(config):
