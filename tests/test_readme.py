@@ -11,9 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = dict(
-    zip(("load", "train", "midtrain", "curate", "score", "release"), re.findall(r"```python\n(.*?)```", README, re.S))
-)
+NAMES = ("load", "train", "midtrain", "reward", "curate", "score", "release")
+BLOCKS = dict(zip(NAMES, re.findall(r"```python\n(.*?)```", README, re.S), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def run_block(tmp_path_factory):
     return run
 
 
-def test_there_are_six_uses():
-    assert README.count("```python") == len(BLOCKS) == 6
+def test_there_are_seven_uses():
+    assert README.count("```python") == len(BLOCKS) == 7
 
 
 def test_midtraining_reweighs_the_sources(run_block):
@@ -45,6 +44,10 @@ def test_midtraining_reweighs_the_sources(run_block):
     weights = ast.literal_eval(re.search(r"^({.*?}) {'stdlib': SourceDraw", output, re.M)[1])
     assert sum(weights.values()) == pytest.approx(1) and weights["stdlib"] != 0.5
     assert "influence/positive" in output and "distillation/kl" in output
+
+
+def test_rewards_are_what_the_comments_say(run_block):
+    assert run_block("reward").split("\n")[:2] == ["[1.0, 0.0]", "[1.0]"]
 
 
 def test_curation_says_what_it_kept(run_block):
