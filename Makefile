@@ -42,6 +42,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/influence.py --only exactness,cost,lds,140M
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/curation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

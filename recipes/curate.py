@@ -16,6 +16,7 @@ output folder gets
     representative/SOURCE.parquet       the documents that stay, with their scores
     probes/CAPABILITY.parquet           the probe sets: unions of these
     funnel.json, funnel.png             how many documents each step kept, per source
+    shared_with_training.json           documents of `training` that a probe holds
     samples.md                          documents that each step kept and dropped, to read
 """
 
@@ -34,7 +35,7 @@ from rich.table import Table
 from mobilellm_hf.curation.arguments import CurateArguments
 from mobilellm_hf.curation.corpus import open_documents, sample_documents
 from mobilellm_hf.curation.estimate import cost_table, estimate
-from mobilellm_hf.curation.funnel import funnel, funnel_table, plot_funnel, reasons_table, write_samples
+from mobilellm_hf.curation.funnel import funnel, funnel_table, lost_sources, plot_funnel, reasons_table, write_samples
 from mobilellm_hf.curation.probes import ProbeReport, compose_probes, shared_with_training
 from mobilellm_hf.curation.scoring import Rate, sources_of
 from mobilellm_hf.curation.stages import Curation, CurationStage, curate
@@ -70,6 +71,7 @@ def run(args: CurateArguments, console: Console) -> None:
         dry_run(args, console)
         return
     folder, main = Path(args.output_dir), PartialState().is_main_process
+    args.check_models()
     with StageProgress(["documents"], console) as progress, progress.stage("documents") as stage:
         rate = Rate(stage.advance, stage.say)
         documents = open_documents(args.sources, folder / "documents", rate, args.max_documents, args.seed)
@@ -85,7 +87,7 @@ def run(args: CurateArguments, console: Console) -> None:
         display.close(len(result.documents))
         with progress.stage("results"):
             if main:
-                reports = write_results(args, documents, result, sources, training, folder)
+                reports = write_results(args, documents, result, sources, training, folder, console)
     if main:
         for report in reports:
             console.print(report)
@@ -99,26 +101,36 @@ def write_results(
     sources: list[str],
     training: Dataset | None,
     folder: Path,
+    console: Console,
 ) -> list[Table]:
-    """The files that a person or another recipe reads; returns tables to print."""
+    """The files that a person or another recipe reads; returns tables about the probes, to be printed."""
     steps = funnel(result.reports, sources)
+    console.print(funnel_table(steps))
+    console.print(reasons_table(steps))
     write_whole(folder / "funnel.json", lambda path: path.write_text(json.dumps(list(map(dataclasses.asdict, steps)))))
     write_whole(folder / "funnel.png", lambda path: plot_funnel(steps, path, format="png"))
     write_samples(documents, result.reports, folder / "samples.md", args.samples_shown, args.seed)
     kept = with_scores(result)
     codes, names = sources_of(kept)
     representative = {name: kept.select(np.flatnonzero(codes == number)) for number, name in enumerate(names)}
+    write_parts(folder / "representative", representative)
+    for line in lost_sources(result.reports, steps):
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
     probes, report = compose_probes(representative, args.composition(sources), missing="skip")
-    for place, parts in (("representative", representative), ("probes", probes)):
-        for file in (folder / place).glob("*.parquet"):  # of an earlier composition
-            if file.stem not in parts:
-                file.unlink()
-        for name, part in parts.items():
-            write_whole(folder / place / f"{name}.parquet", lambda path, part=part: part.to_parquet(path))
-    tables = [funnel_table(steps), reasons_table(steps), probe_table(report)]
+    write_parts(folder / "probes", probes)
+    tables = [probe_table(report)]
     if training is not None:
         tables.append(training_table(args, training, probes, folder))
     return tables
+
+
+def write_parts(folder: Path, parts: dict[str, Dataset]) -> None:
+    """A file a part, and no other."""
+    for file in folder.glob("*.parquet"):  # of an earlier composition
+        if file.stem not in parts:
+            file.unlink()
+    for name, part in parts.items():
+        write_whole(folder / f"{name}.parquet", lambda path, part=part: part.to_parquet(path))
 
 
 def with_scores(result: Curation) -> Dataset:
@@ -145,7 +157,9 @@ def probe_table(report: ProbeReport) -> Table:
 
 def training_table(args: CurateArguments, training: Dataset, probes: dict[str, Dataset], folder: Path) -> Table:
     """What the training corpora and the probe sets share."""
-    shared = shared_with_training(training, probes, args.ngram, args.num_proc)
+    shared = shared_with_training(training, probes, num_proc=args.num_proc)
+    found = json.dumps({"documents_read": len(training), "found": shared.counts}, indent=2)
+    write_whole(folder / "shared_with_training.json", lambda path: path.write_text(found))
     remedy = f"exclude: {folder / 'probes'} in a source of a recipe leaves them out"
     table = Table(
         "probe", "documents", "found in training", title="What training shares with the probes", caption=remedy

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from mobilellm_hf.curation.ask_llm import AskLLM, Judge
+from mobilellm_hf.curation.ask_llm import AskLLM, Judge, load_prompt
 from mobilellm_hf.curation.contamination import load_benchmarks
 from mobilellm_hf.curation.deduplication import MODEL, THRESHOLD, Embedder
 from mobilellm_hf.curation.probes import PROBE_SOURCES
@@ -17,6 +18,8 @@ from mobilellm_hf.curation.representative import AtMost, Decontamination, Semant
 from mobilellm_hf.curation.stages import CurationStage
 from mobilellm_hf.curation.text_filter import TextFilter
 from mobilellm_hf.data.rows import check_entries
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -64,11 +67,12 @@ class CurateArguments:
         check_entries("sources", self.sources)
         if self.training:
             check_entries("training", self.training)
-        for number, entry in enumerate(self.sources):
-            if "rows" in entry:
-                raise ValueError(f"sources[{number}]: rows are tokens; a curation reads text: {{name: ...}}")
-            if "exclude" in entry:
-                raise ValueError(f"sources[{number}]: exclude is for what a model trains on, not for a curation")
+        for name, entries in (("sources", self.sources), ("training", self.training)):
+            for number, entry in enumerate(entries):
+                if "rows" in entry:
+                    raise ValueError(f"{name}[{number}]: rows are tokens; a curation reads text: {{name: ...}}")
+                if "exclude" in entry:
+                    raise ValueError(f"{name}[{number}]: exclude is for the recipe that trains; leave it out here")
         names = ("max_documents", "per_source", "batch_tokens", "documents_per_shard", "dry_run", "ngram", "num_proc")
         for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
@@ -78,13 +82,31 @@ class CurateArguments:
                 raise ValueError(f"{name}={getattr(self, name)} must be a share above 0 and up to 1")
         if not 0 < self.max_similarity <= 1:
             raise ValueError(f"max_similarity={self.max_similarity} must be a cosine above 0 and up to 1")
-        if self.judge_dtype != "auto" and not isinstance(getattr(torch, self.judge_dtype, None), torch.dtype):
-            raise ValueError(f"judge_dtype={self.judge_dtype} must be auto, float32 or bfloat16")
+        if self.judge_dtype not in DTYPES:
+            raise ValueError(f"judge_dtype={self.judge_dtype} must be one of {', '.join(DTYPES)}")
+        if not math.isfinite(self.min_quality) or self.samples_shown < 0:
+            raise ValueError(f"{self.min_quality=} must be a number, and {self.samples_shown=} 0 or more")
         if unknown := set(self.prompts) - {"general", "code", "math", "knowledge", "combined"}:
             raise ValueError(f"prompts has {min(unknown)!r}: there are general, code, math, knowledge and combined")
         for capability, sources in self.probes.items():
+            if not re.fullmatch(r"[\w.-]+", str(capability)):
+                raise ValueError(f"probes: {capability!r} cannot be a capability's name: it names a file")
             if not isinstance(sources, list) or not sources:
                 raise ValueError(f"probes.{capability} must be a list of names of sources, not {sources!r}")
+
+    def check_models(self) -> None:
+        """Loads configurations and tokenizers. Raises a ValueError for a model or prompt that cannot do its work."""
+        if self.classifier:
+            QualityClassifier(self.classifier, self.min_quality, label=self.classifier_label).check()
+        if self.judge:
+            own = [self.prompts.get("general", "general"), *self.prompts.values()]
+            self._judge().check([load_prompt(prompt) for prompt in dict.fromkeys(own)])
+        if self.embedder:
+            Embedder(self.embedder).check()
+
+    def _judge(self) -> Judge:
+        options = {"dtype": self.judge_dtype, "max_length": self.judge_max_length, "chat": self.chat}
+        return Judge(self.judge, batch_tokens=self.batch_tokens, **options)
 
     def composition(self, sources: Sequence[str]) -> dict[str, list[str]]:
         """capability -> sources of its probe set, of those that there are.
@@ -105,23 +127,26 @@ class CurateArguments:
 
     def stages(self, sources: Sequence[str]) -> list[CurationStage]:
         """The steps, in the paper's order; no weights are loaded."""
+        if unfit := [name for name in sources if Path(name).name != name]:
+            raise ValueError(f"sources: {unfit[0]!r} names a file, and cannot have a slash: set `source` of its entry")
+        composition = self.composition(sources)
         stages: list[CurationStage] = [TextFilter(num_proc=self.num_proc)]
         shard = {"per_shard": self.documents_per_shard}
         if self.classifier:
             options = {"label": self.classifier_label, "batch_tokens": self.batch_tokens}
             stages.append(QualityClassifier(self.classifier, self.min_quality, **options, **shard))
         if self.judge:
-            options = {"dtype": self.judge_dtype, "max_length": self.judge_max_length, "chat": self.chat}
-            judge = Judge(self.judge, batch_tokens=self.batch_tokens, **options)
+            judge = self._judge()
             general = self.prompts.get("general", "general")
             stages.append(AskLLM(judge, general, top=self.top, name="ask-general", **shard))
-            by_source = domain_prompts(self.composition(sources), sources)
+            by_source = domain_prompts(composition, sources)
             by_source = {source: self.prompts.get(prompt, prompt) for source, prompt in by_source.items()}
             stages.append(AskLLM(judge, by_source, top=self.domain_top, name="ask-domain", **shard))
         if self.benchmarks:
             stages.append(Decontamination(load_benchmarks(self.benchmarks), self.ngram, num_proc=self.num_proc))
         if self.embedder:
-            embedder = Embedder(self.embedder, max_length=self.embedder_max_length)
+            options = {} if self.batch_tokens is None else {"batch_tokens": self.batch_tokens}
+            embedder = Embedder(self.embedder, max_length=self.embedder_max_length, **options)
             stages.append(SemanticDeduplication(embedder, self.max_similarity, self.per_source, **shard))
         else:
             stages.append(AtMost(self.per_source))

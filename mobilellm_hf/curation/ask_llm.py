@@ -12,8 +12,10 @@ documents of like length share a batch; logits are taken of the last position al
 
 import copy
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mobilellm_hf.curation.scoring import (
     OnDocuments,
@@ -32,11 +42,16 @@ from mobilellm_hf.curation.scoring import (
 )
 from mobilellm_hf.curation.stages import CurationStage, StageInput, Verdict, top_of_each_source
 
+logger = logging.getLogger(__name__)
+
 PLACEHOLDER = "{document}"
 YES, NO = "1", "0"
 # Longer documents than this many characters a token are cut before they are tokenized: a file of a gigabyte is not
 # read to its end for the few thousand tokens that the judge sees.
 CHARACTERS_PER_TOKEN = 32
+# Chat templates that tell the day read this one: scores do not depend on when they were taken.
+LEAST_ANSWERED = 0.1
+DATE = "01 Jan 2025"
 
 
 class JudgeError(ValueError):
@@ -85,8 +100,7 @@ class Judge:
         tokenizer: by default that of `model`.
         max_length: tokens of prompt and document; by default the model's context. Longer documents are cut at their
             end, and counted.
-        batch_tokens: of a batch, padding included, without the shared prefix; by default what the device takes, see
-            `length_batches`.
+        batch_tokens: of a batch, prompt and padding included; by default what the device takes, see `length_batches`.
         chat: whether the prompt is a user's turn in the tokenizer's chat template; by default if it has one.
         reuse_prefix: whether keys and values of what precedes the document are computed once. Models without a cache
             of keys and values, or with one that slides, read it with every document.
@@ -105,7 +119,8 @@ class Judge:
         reuse_prefix: bool = True,
     ):
         self._given = (model, tokenizer)
-        self.name = model.config.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+        loaded = isinstance(model, PreTrainedModel)
+        self.name = model.config.name_or_path or type(model).__name__ if loaded else str(model)
         self.revision, self.dtype, self.max_length = revision, dtype, max_length
         self.batch_tokens, self.chat, self.reuse_prefix = batch_tokens, chat, reuse_prefix
         self._model: PreTrainedModel | None = None
@@ -123,7 +138,7 @@ class Judge:
     def check(self, prompts: Sequence[str]) -> None:
         """Loads no weights. Raises what `score` would about the tokenizer and these prompts."""
         for prompt in prompts:
-            self.prompt(prompt)
+            self._room(self.prompt(prompt))
 
     def release(self) -> None:
         """Forgets the model, unless it was given loaded."""
@@ -134,7 +149,10 @@ class Judge:
     def score(
         self, texts: Sequence[str], prompt: str, on_documents: OnDocuments | None = None
     ) -> dict[str, np.ndarray]:
-        """`score` (N,) float32, P("1"); `tokens` (N,) int32 read of the document; `truncated` (N,) bool.
+        """What the judge says of N texts, as columns (N,).
+
+        `score` float32, P("1") among the two answers; `answered` float32, the probability that it gives one of them at
+        all; `tokens` int32 read of the document; `truncated` bool.
 
         Args:
             prompt: the text of a prompt, see `load_prompt`.
@@ -145,17 +163,21 @@ class Judge:
         """
         parts = self.prompt(prompt)
         ids, truncated = self.encode(texts, parts)
-        scores = np.empty(len(texts), np.float32)
-        for batch in length_batches([len(row) + len(parts.after) for row in ids], self.batch_tokens):
+        scores, answered = np.empty(len(texts), np.float32), np.empty(len(texts), np.float32)
+        # The prefix counts, too: its keys and values are repeated for every row.
+        around = len(parts.before) + len(parts.after)
+        for batch in length_batches([around + len(row) for row in ids], self.batch_tokens):
             logits = self._last_logits(parts, [ids[index] + parts.after for index in batch])
-            answers = logits[:, [parts.yes, parts.no]].float()
+            logits = logits.float()
+            answers = logits[:, [parts.yes, parts.no]]
+            answered[batch] = (answers.logsumexp(-1) - logits.logsumexp(-1)).exp().cpu().numpy()
             if not answers.isfinite().all():
                 raise JudgeError(f"the logits of {self.name} are not finite in {self.dtype}: load it in float32")
             scores[batch] = (answers[:, 0] - answers[:, 1]).sigmoid().cpu().numpy()
             if on_documents is not None:
                 on_documents(len(batch))
         tokens = np.array([len(row) for row in ids], np.int32)
-        return {"score": scores, "tokens": tokens, "truncated": truncated}
+        return {"score": scores, "answered": answered, "tokens": tokens, "truncated": truncated}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -192,7 +214,8 @@ class Judge:
 
     def _chat_parts(self, text: str) -> list[str]:
         turn = [{"role": "user", "content": text}]
-        parts = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(PLACEHOLDER)
+        options = {"tokenize": False, "add_generation_prompt": True, "date_string": DATE}
+        parts = self.tokenizer.apply_chat_template(turn, **options).split(PLACEHOLDER)
         if len(parts) != 2:
             raise JudgeError(f"the chat template of {self.name} writes a turn {len(parts) - 1} times: chat=False")
         return parts
@@ -211,9 +234,17 @@ class Judge:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def _config(self) -> PreTrainedConfig:
+        model = self._given[0]
+        return model.config if isinstance(model, PreTrainedModel) else self._loaded_config
+
+    @cached_property
+    def _loaded_config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.name, revision=self.revision)
+
     def _room(self, prompt: Prompt) -> int:
         """Tokens that the context leaves for a document."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(self._config().get_text_config(), "max_position_embeddings", None)
         limit = min(value for value in (context, self.max_length, 2**31) if value is not None)
         if (room := limit - len(prompt.before) - len(prompt.after)) < 1:
             taken = len(prompt.before) + len(prompt.after)
@@ -314,6 +345,7 @@ class AskLLM(CurationStage):
             return self.judge.score(texts, self._for_all, on_documents)
         out = {
             "score": np.empty(len(texts), np.float32),
+            "answered": np.empty(len(texts), np.float32),
             "tokens": np.empty(len(texts), np.int32),
             "truncated": np.empty(len(texts), bool),
         }
@@ -330,5 +362,11 @@ class AskLLM(CurationStage):
         scores = given.scores_of(self, self._scoring_settings(), self.per_shard)
         values = scores.column("score")
         kept = top_of_each_source(values, sources, self.top)
-        columns = {"score": values, "tokens": scores.column("tokens"), "truncated": scores.column("truncated")}
+        columns = {name: scores.column(name) for name in ("score", "answered", "tokens", "truncated")}
+        if (typical := float(np.median(columns["answered"]))) < LEAST_ANSWERED:
+            logger.warning(
+                "%s: the judge gives its answers, 1 or 0, a probability of %.2g together: it was going to say "
+                "something else. Check chat, the prompt, and whether it is a model that follows instructions.",
+                self.name, typical,
+            )  # fmt: skip
         return Verdict((~kept).astype(np.int8), (f"not among the best {self.top:.0%} of its source",), columns)

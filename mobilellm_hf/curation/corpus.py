@@ -6,7 +6,7 @@ read goes on from the last whole shard. What is on disk already is not copied.
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from mobilellm_hf.curation.scoring import Rate, key_of, sources_of
 from mobilellm_hf.data.catalog import SOURCES
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
+from mobilellm_hf.data.local_files import find_files, looks_local
 from mobilellm_hf.data.rows import expand_entry
 from mobilellm_hf.workspace import write_whole
 
@@ -44,18 +45,44 @@ def open_documents(
     """
     with PartialState().main_process_first():
         parts = []
-        for arguments in [arguments for entry in entries for arguments in expand_entry(entry)]:
+        for arguments, most in _with_limits(entries, max_documents):
             documents = load_corpus(**arguments)
             if isinstance(documents, IterableDataset):
-                if max_documents is None:
+                if most is None:
                     raise ValueError(f"{arguments['name']} is read as a stream, which may not end: give max_documents")
-                place = folder / key_of(arguments, max_documents)
-                documents = save_stream(documents, place, max_documents, str(arguments["name"]), rate)
-            elif max_documents is not None and len(documents) > max_documents:
-                chosen = np.random.default_rng(seed).permutation(len(documents))[:max_documents]
+                place = folder / stream_key(arguments, most)
+                documents = save_stream(documents, place, most, str(arguments["name"]), rate)
+            elif most is not None and len(documents) > most:
+                chosen = np.random.default_rng(seed).permutation(len(documents))[:most]
                 documents = documents.select(np.sort(chosen))
             parts.append(_in_form(documents))
         return concatenate_datasets(parts)
+
+
+def _with_limits(
+    entries: Sequence[Mapping[str, Any]], max_documents: int | None
+) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """What `load_corpus` is called with, and its documents at most: an entry's subsets have equal shares of those."""
+    for entry in entries:
+        subsets = expand_entry(entry)
+        for number, arguments in enumerate(subsets):
+            share = None
+            if max_documents is not None:
+                share = (number + 1) * max_documents // len(subsets) - number * max_documents // len(subsets)
+            yield arguments, share
+
+
+def stream_key(arguments: Mapping[str, Any], count: int) -> str:
+    """What tells a stream's documents from others'; of local files their sizes and times of change too."""
+    values = {
+        name: f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+        for name, value in arguments.items()
+    }
+    stats = []
+    if looks_local(str(arguments["name"])):
+        files = find_files(str(arguments["name"]))[1]
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return key_of(values, count, stats)
 
 
 def sample_documents(
@@ -71,11 +98,11 @@ def sample_documents(
     """
     parts, totals = [], {}
     for entry in entries:
-        subsets = expand_entry(entry)
-        for arguments in subsets:
+        for arguments, most in _with_limits([entry], max_documents):
             documents = load_corpus(**arguments)
             if isinstance(documents, IterableDataset):
-                size = SOURCES[entry["catalog"]].rows / len(subsets) if "catalog" in entry else max_documents
+                subsets = len(expand_entry(entry))
+                size = SOURCES[entry["catalog"]].rows / subsets if "catalog" in entry else most
                 if size is None:
                     raise ValueError(f"{arguments['name']} is a stream of unknown length: give max_documents")
                 documents = Dataset.from_list(list(itertools.islice(documents, count)))
@@ -83,7 +110,7 @@ def sample_documents(
                     raise CorpusError(_no_document(str(arguments["name"])))
             else:
                 size = len(documents)
-            share = min(size, max_documents or size) / len(documents)
+            share = min(size, most or size) / len(documents)
             codes, names = sources_of(documents)
             for number, name in enumerate(names):
                 rows = np.random.default_rng(seed).permutation(np.flatnonzero(codes == number))

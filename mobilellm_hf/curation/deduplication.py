@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mobilellm_hf.curation.kept_index import Block, KeptIndex
+from mobilellm_hf.curation.scoring import model_identity
 
 if TYPE_CHECKING:
     import torch
@@ -92,11 +93,16 @@ class Embedder:
     def settings(self) -> dict[str, Any]:
         """What decides the vectors, as plain values; how they are batched does not."""
         return {
-            "embedder": self.model,
-            "revision": self.revision,
+            "embedder": model_identity(self.model, self.revision),
             "max_length": self.max_length,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
+
+    def check(self) -> None:
+        """Raises an ImportError if a package is missing that deduplication needs; loads nothing."""
+        for package in ("sentence_transformers", "faiss"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f"deduplication needs {package}: pip install 'mobilellm_hf[curation]'")
 
     def release(self) -> None:
         """Forgets the model, and with it its memory; it is loaded again if it is needed again."""

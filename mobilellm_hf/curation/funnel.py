@@ -11,7 +11,7 @@ import pyarrow.compute
 from datasets import Dataset
 from rich.table import Table
 
-from mobilellm_hf.curation.stages import KEPT, StageReport
+from mobilellm_hf.curation.stages import KEPT, StageReport, quantiles
 
 SHOWN_CHARACTERS = 600
 
@@ -69,6 +69,22 @@ def reasons_table(steps: Sequence[FunnelStep]) -> Table:
     return table
 
 
+def lost_sources(reports: Sequence[StageReport], steps: Sequence[FunnelStep]) -> list[str]:
+    """A line for each source of which nothing is left: at which step, and how it had scored there."""
+    lines = []
+    for source in steps[0].kept:
+        place = next((number for number, step in enumerate(steps) if step.kept[source] == 0), None)
+        if not place:
+            continue
+        line = f"{source}: the step {steps[place].name!r} kept none of {steps[place - 1].kept[source]:,} documents"
+        if "score" in reports[place - 1].columns():
+            table = reports[place - 1].table(["source", "score"])
+            scores = table.filter(pa.compute.equal(table["source"], source))["score"].to_numpy()
+            line += f". Quantiles of the score: {quantiles(scores)}"
+        lines.append(line)
+    return lines
+
+
 def plot_funnel(steps: Sequence[FunnelStep], path: str | Path, format: str | None = None) -> None:
     """What share of each source's documents is left after each step, on a logarithmic axis, and of all of them."""
     from matplotlib import colormaps
@@ -107,9 +123,12 @@ def write_samples(documents: Dataset, reports: Sequence[StageReport], path: Path
     lines = ["# Documents to read", ""]
     for report in reports:
         table = report.table()
-        reasons = table["reason"].combine_chunks().cast(pa.string()).to_numpy(zero_copy_only=False)
-        for reason in [KEPT, *(name for name in dict.fromkeys(reasons) if name != KEPT)]:
-            rows = np.flatnonzero(reasons == reason)
+        reasons = table["reason"].unify_dictionaries().combine_chunks()
+        codes, names = reasons.indices.to_numpy(), reasons.dictionary.to_pylist()
+        for reason in sorted(names, key=lambda name: name != KEPT):
+            rows = np.flatnonzero(codes == names.index(reason))
+            if not len(rows):
+                continue
             lines += [f"## {report.name}: {'kept' if reason == KEPT else reason} ({len(rows):,})", ""]
             for row in rng.permutation(rows)[:count]:
                 lines += _sample(documents, {name: table[name][int(row)].as_py() for name in table.column_names})

@@ -111,6 +111,8 @@ class QualityClassifier(CurationStage):
             inputs = self._tokenizer.pad({"input_ids": [rows[index] for index in batch]}, return_tensors="pt")
             logits = model(**inputs.to(model.device)).logits.float()
             values = logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, column]
+            if not values.isfinite().all():
+                raise ValueError(f"the scores of {self.model_name} are not finite in {self.dtype}: load it in float32")
             scores[batch] = values.cpu().numpy()
             if on_documents is not None:
                 on_documents(len(batch))

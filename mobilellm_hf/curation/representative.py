@@ -51,6 +51,9 @@ class SemanticDeduplication(CurationStage):
         limits = {"threshold": self.threshold, "per_source": self.per_source}
         return {"name": self.name, **self.embedder.settings(), **limits}
 
+    def check(self) -> None:
+        self.embedder.check()
+
     def release(self) -> None:
         self.embedder.release()
 

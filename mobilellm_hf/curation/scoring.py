@@ -25,6 +25,12 @@ from mobilellm_hf.workspace import write_whole
 OnDocuments = Callable[[int], None]
 
 
+# A batch of so many tokens ends where the next row would be more than this share of padding.
+LEAST_TOKENS, MOST_PADDING = 1_024, 0.1
+# Files of a model's folder: configuration, weights, vocabulary and chat template.
+IDENTIFYING = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+
+
 class DocumentScorer(Protocol):
     """Scores texts: column -> one number a text, or one vector (N, D). Loads its model when it is first asked."""
 
@@ -50,7 +56,7 @@ def model_identity(model: str | Path | PreTrainedModel, revision: str | None = N
         return f"{type(model).__name__} {digest.hexdigest()}"
     if not Path(model).is_dir():
         return f"{model}@{revision}"
-    for file in sorted(file for file in Path(model).iterdir() if file.suffix in (".json", ".safetensors", ".bin")):
+    for file in sorted(file for file in Path(model).iterdir() if file.suffix in IDENTIFYING):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
@@ -77,8 +83,13 @@ def documents_key(documents: Dataset) -> str:
 
 def sources_of(documents: Dataset) -> tuple[np.ndarray, list[str]]:
     """(N,) int32, each document's source as a number, and the names of the sources."""
-    column = documents.select_columns("source").with_format("arrow")[:]["source"].combine_chunks().dictionary_encode()
-    return column.indices.to_numpy(), column.dictionary.to_pylist()
+    codes: dict[str, int] = {}
+    parts = []
+    for batch in documents.select_columns("source").with_format("arrow").iter(100_000):
+        column = batch["source"].combine_chunks().dictionary_encode()
+        known = [codes.setdefault(name, len(codes)) for name in column.dictionary.to_pylist()]
+        parts.append(np.asarray(known, np.int32)[column.indices.to_numpy()])
+    return np.concatenate(parts), list(codes)
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int | None) -> Iterator[list[int]]:
@@ -91,9 +102,13 @@ def length_batches(lengths: Sequence[int], batch_tokens: int | None) -> Iterator
         batch_tokens = 1_024 if PartialState().device.type == "cpu" else 16_384
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
+        if batch:
+            longest = lengths[batch[0]]
+            full = longest * (len(batch) + 1) > batch_tokens
+            ragged = longest * len(batch) >= LEAST_TOKENS and lengths[index] < (1 - MOST_PADDING) * longest
+            if full or ragged:
+                yield batch
+                batch = []
         batch.append(index)
     if batch:
         yield batch
@@ -170,6 +185,7 @@ def score_documents(
         key: of the documents and of everything that decides their scores; shards of another key are made anew.
     """
     state = PartialState()
+    key = key_of(key, per_shard)  # which says what range of documents a shard holds
     count = -(-len(documents) // per_shard)
 
     def on_documents(scored: int) -> None:

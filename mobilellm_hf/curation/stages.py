@@ -139,6 +139,9 @@ class StageReport:
     name: str
     decisions: Path
 
+    def columns(self) -> list[str]:
+        return pyarrow.parquet.read_schema(self.decisions).names
+
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Columns of the decisions: `document` (its number in what `curate` was given), `source`, `reason`, ..."""
         return pyarrow.parquet.read_table(self.decisions, columns=None if columns is None else list(columns))
@@ -182,6 +185,9 @@ def curate(
         raise ValueError(f"documents have no column {min(missing)!r}; their columns: {documents.column_names}")
     if len(documents) == 0:
         raise ValueError("there are no documents to curate: every corpus is empty")
+    for name in ("text", "source"):
+        if nulls := documents.data.column(name).null_count:
+            raise ValueError(f"documents: the column {name!r} is empty in {nulls:,} of them: drop those first")
     if twice := [stage.name for stage in stages if [s.name for s in stages].count(stage.name) > 1]:
         raise ValueError(f"two steps are called {twice[0]!r}: give one of them another name")
     for stage in stages:
@@ -194,10 +200,9 @@ def curate(
         before, key = key, key_of(key, stage.settings())
         given = StageInput(part, Path(folder) / f"{place}-{stage.name}", before, key, rate, scores[numbers])
         report = _run(stage, given, numbers)
-        decisions = report.table()
-        kept = pa.compute.equal(decisions["reason"], KEPT).to_numpy()
-        if "score" in decisions.column_names:
-            scores[numbers] = decisions["score"].to_numpy()
+        kept = pa.compute.equal(report.table(["reason"])["reason"], KEPT).to_numpy()
+        if "score" in report.columns():
+            scores[numbers] = report.table(["score"])["score"].to_numpy()
         numbers = numbers[kept]
         reports.append(report)
     return Curation(documents.select(numbers), numbers, scores[numbers], tuple(reports))
@@ -241,15 +246,18 @@ def _key_of_file(file: Path) -> str | None:
     return metadata.get(b"key", b"").decode()
 
 
+def quantiles(scores: np.ndarray) -> str:
+    """Those of the finite scores, as words."""
+    values = np.nanquantile(scores, QUANTILES)
+    return ", ".join(f"{q:.0%} {v:.4g}" for q, v in zip(QUANTILES, values, strict=True))
+
+
 def _all_rejected(stage: CurationStage, verdict: Verdict) -> str:
     counts = np.bincount(verdict.fallen, minlength=len(verdict.reasons) + 1)[1:]
     why = ", ".join(f"{count:,} {reason}" for count, reason in zip(counts, verdict.reasons, strict=True) if count)
     message = f"the step {stage.name!r} kept none of {len(verdict.fallen):,} documents ({why})"
     if "score" in verdict.columns and np.isfinite(verdict.columns["score"]).any():
-        values = np.nanquantile(verdict.columns["score"], QUANTILES)
-        message += ". Quantiles of the score: " + ", ".join(
-            f"{q:.0%} {v:.4g}" for q, v in zip(QUANTILES, values, strict=True)
-        )
+        message += f". Quantiles of the score: {quantiles(verdict.columns['score'])}"
     return f"{message}. Lower its threshold, or leave the step out; its settings: {stage.settings()}"
 
 

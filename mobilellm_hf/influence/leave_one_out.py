@@ -222,7 +222,8 @@ def train_run(
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     rows = {name: draw.rows for name, draw in mixture.report(draws).items()}
     length = float(mixture.tokens_per_row.mean())
-    curves = probe_history(trainer.state.log_history)
+    found = probe_history(trainer.state.log_history)
+    curves = {name: found[name] for name in probes}
     result = LeaveOneOutResult(run, round(draws_per_step(training) * length), rows, curves)
     write_whole(result_file(run, folder), lambda path: path.write_text(_to_json(result)))
     trainer.accelerator.free_memory()  # the next model needs it
@@ -318,9 +319,15 @@ def effects(results: Sequence[LeaveOneOutResult]) -> LeaveOneOutEffect:
     """Equation (1) at the end of training, with its interval over seeds; sources and seeds in the order of `results`.
 
     Raises:
-        ValueError: a run is missing for one of the seeds, or an NLL is not finite; the message names the run.
+        ValueError: a run is missing for one of the seeds or has other probes, or an NLL is not finite; the
+            message names the run.
     """
-    final = {result.run: [curve[-1][1] for curve in result.curves.values()] for result in results}
+    names = list(results[0].curves)
+    for result in results:
+        if set(result.curves) != set(names):
+            raise ValueError(f"the run on {result.run} has the probes {sorted(result.curves)}, not {sorted(names)}")
+    # By name: a checkpoint sorts what it keeps, so that runs that were taken up again have another order.
+    final = {result.run: [result.curves[name][-1][1] for name in names] for result in results}
     sources = list(dict.fromkeys(run.left_out for run in final if run.left_out is not None))
     seeds = list(dict.fromkeys(run.seed for run in final))
     for run in (LeaveOneOutRun(source, seed) for seed in seeds for source in (None, *sources)):
@@ -334,7 +341,6 @@ def effects(results: Sequence[LeaveOneOutResult]) -> LeaveOneOutEffect:
     delta, half = per_seed.mean(0), torch.full(per_seed.shape[1:], math.nan, dtype=torch.float64)
     if len(seeds) > 1:
         half = student_t_quantile(len(seeds) - 1) * per_seed.std(0) / math.sqrt(len(seeds))
-    names = list(results[0].curves)
     return LeaveOneOutEffect(sources, names, seeds, with_all, without, per_seed, delta, delta - half, delta + half)
 
 

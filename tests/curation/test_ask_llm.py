@@ -226,7 +226,8 @@ def test_another_tokenizer_is_another_judge():
 def test_prompts_by_name_and_by_path(tmp_path):
     for name in ("general", "code", "math", "knowledge", "combined"):
         assert load_prompt(name).count("{document}") == 1
-        Judge(judge_model("llama"), tokenizer(), chat=False).check([load_prompt(name)])
+        with pytest.raises(JudgeError, match="the prompt alone has [0-9]+ tokens, and LlamaForCausalLM reads 512"):
+            Judge(judge_model("llama"), tokenizer(), chat=False).check([load_prompt(name)])  # one character a token
     own = tmp_path / "own.txt"
     own.write_text(PROMPT)
     assert load_prompt(own) == load_prompt(str(own)) == PROMPT
@@ -262,10 +263,35 @@ def test_each_source_has_its_prompt(tmp_path):
         best = rows[np.argsort(-found["score"][rows], kind="stable")][: -(-len(rows) // 5)]
         assert [t for t, s in zip(kept["text"], kept["source"]) if s == source] == data[sorted(best)]["text"]
     with pytest.raises(ValueError, match="the source 'wiki' has no prompt; give one of each source"):
-        AskLLM(judge, {"code": "code", "math": "math"})(data)
+        AskLLM(judge, {name: tmp_path / f"{name}.txt" for name in ("code", "math")})(data)
 
 
 @pytest.mark.parametrize("top", [0, -0.1, 1.5])
 def test_top_must_be_a_share(top):
     with pytest.raises(ValueError, match="ask-llm: top must be a share above 0 and up to 1"):
         AskLLM(Judge("org/judge"), top=top)
+
+
+def test_a_judge_that_answers_otherwise_is_told(caplog, tmp_path):
+    """The share of 1 and 0 among all tokens; a model that would say something else is no judge."""
+    model, words = judge_model("llama"), tokenizer()
+    data = documents(20)
+    found = Judge(model, words).score(data["text"][:5], PROMPT)
+    before, after = pieces(PROMPT)
+    yes, no = words.convert_tokens_to_ids(["1", "0"])
+    for text, answered in zip(data["text"][:5], found["answered"], strict=True):
+        ids = words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([before + ids + after])).logits[0, -1]
+        assert answered == pytest.approx(logits.softmax(0)[[yes, no]].sum().item(), rel=1e-4)
+    (own := tmp_path / "own.txt").write_text(PROMPT)
+    with caplog.at_level("WARNING"):
+        AskLLM(Judge(model, words), own, top=0.5)(data)
+    assert ("it was going to say something else" in caplog.text) == (np.median(found["answered"]) < 0.1)
+
+
+def test_the_day_is_no_part_of_the_prompt():
+    words = chat_tokenizer()
+    words.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} " + CHAT
+    prompt = Judge(judge_model("llama"), words).prompt(PROMPT)
+    assert words.decode(prompt.before).startswith("01 Jan 2025 ")

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 from curation_cases import documents
 
 from mobilellm_hf.curation import corpus
-from mobilellm_hf.curation.corpus import open_documents, sample_documents
+from mobilellm_hf.curation.corpus import open_documents, sample_documents, stream_key
 from mobilellm_hf.curation.scoring import Rate
 from mobilellm_hf.data.corpora import CorpusError, load_corpus
+from mobilellm_hf.data.rows import expand_entry
 
 COUNT = 50
 
@@ -160,3 +163,21 @@ def test_a_sample_of_an_empty_stream_is_refused(files):
     (files / "empty.jsonl").write_text('{"text": "short"}\n' * 9)
     with pytest.raises(ValueError, match="empty.jsonl holds no document"):
         sample_documents([stream(files / "empty.jsonl")], 4, max_documents=10)
+
+
+def test_streams_have_keys_whatever_reads_their_rows(files):
+    """Sources of the catalog have functions among their arguments, and local files change."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "recipes/paper/curate.yaml").read_text())
+    arguments = [given for entry in config["sources"] for given in expand_entry(entry)]
+    assert len({stream_key(given, 10) for given in arguments}) == len(arguments)
+    assert any(callable(value) for given in arguments for value in given.values())
+    place = files / "all.parquet"
+    key = stream_key({"name": str(place)}, 10)
+    place.write_bytes(place.read_bytes() + b" ")
+    assert stream_key({"name": str(place)}, 10) != key
+
+
+def test_the_subsets_of_an_entry_share_its_documents():
+    entries = [{"catalog": "cosmopedia"}, {"name": "embedded:stdlib"}]
+    shares = [most for _, most in corpus._with_limits(entries, 1_003)]
+    assert sum(shares[:-1]) == shares[-1] == 1_003 and max(shares[:-1]) - min(shares[:-1]) == 1

@@ -33,7 +33,7 @@ def test_one_output_is_the_score(folders, batch_tokens):
     stage = QualityClassifier(folders[0], batch_tokens=batch_tokens)
     found = stage.score(TEXTS, [""] * len(TEXTS), counted.append)
     np.testing.assert_allclose(found["score"], expected, atol=1e-5)
-    assert sum(counted) == len(TEXTS) and (len(counted) == 1) == (batch_tokens == 16_384)
+    assert sum(counted) == len(TEXTS) and (len(counted) <= 2) == (batch_tokens == 16_384)
 
 
 @pytest.mark.parametrize("label", LABELS)

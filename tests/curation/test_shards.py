@@ -70,6 +70,14 @@ def test_another_key_or_another_size_is_scored_again(tmp_path):
         assert scorer.scored > 20 and found.tolist() == [np.float32(word_score(text)) for text in data["text"]]
 
 
+def test_a_shard_of_another_size_is_not_taken_for_one_of_this(tmp_path):
+    """The last of the larger shards has as many documents as a smaller one in the middle."""
+    data = documents(30)
+    score(data, WordScorer(), tmp_path, per_shard=20)
+    found = score(data, WordScorer(), tmp_path, per_shard=10)
+    assert found.tolist() == [np.float32(word_score(text)) for text in data["text"]]
+
+
 def test_the_key_of_documents_is_of_texts_and_sources_in_order():
     data = documents(20)
     key = documents_key(data)

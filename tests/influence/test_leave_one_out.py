@@ -311,6 +311,18 @@ def test_one_seed_has_no_interval():
     assert found.delta.tolist() == [pytest.approx([0.5, 0.1]), pytest.approx([-0.1, 0.3])]
 
 
+def test_probes_are_matched_by_name():
+    """A run that was taken up again has its curves in another order, for a checkpoint sorts what it keeps."""
+    results = three_seeds()
+    turned = [replace(result, curves=dict(reversed(result.curves.items()))) for result in results]
+    mixed = [result if number % 2 else other for number, (result, other) in enumerate(zip(results, turned))]
+    mixed[0] = results[0]
+    assert torch.equal(effects(mixed).delta, effects(results).delta)
+    mixed[1] = replace(mixed[1], curves={"p0": [(9, 1.0)], "other": [(9, 1.0)]})
+    with pytest.raises(ValueError, match=r"has the probes \['other', 'p0'\], not \['p0', 'p1'\]"):
+        effects(mixed)
+
+
 def test_a_run_that_is_missing_or_not_finite_is_named():
     with pytest.raises(ValueError, match="the run on without x, seed 2 is missing"):
         effects([result for result in three_seeds() if result.run != LeaveOneOutRun("x", 2)])

@@ -236,7 +236,7 @@ def test_bad_input_is_one_line(workplace, monkeypatch):
         ({"sources": []}, "sources must be a list of sources"),
         ({"sources": [{"nmae": corpus}]}, "sources[0] must have either a name"),
         ({"sources": [{"rows": str(workplace)}]}, "sources[0]: rows are tokens; a curation reads text"),
-        ({"sources": [{"name": corpus, "exclude": str(workplace)}]}, "sources[0]: exclude is for what a model"),
+        ({"sources": [{"name": corpus, "exclude": str(workplace)}]}, "sources[0]: exclude is for the recipe"),
         ({"training": [{"name": corpus, "sorce": "x"}]}, "training[0] has the field 'sorce'"),
         ({"probes": {"code": "python"}}, "probes.code must be a list of names of sources, not 'python'"),
         ({"probes": {"code": []}}, "probes.code must be a list"),
