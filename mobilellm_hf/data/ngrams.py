@@ -4,11 +4,11 @@
     index.matches(document)             # which items it shares 13 words in a row with, and how much of it is shared
     SharedText({"code": probe_texts})(document)     # the probe sets that more than half of it is from
 
-What counts as a word suits prose, code and scripts without spaces alike: letters and digits in a row, in lower case;
-a Chinese, Japanese, Thai, Lao, Burmese or Khmer character is a word by itself. All else, underscores too, separates.
-So layout, punctuation and markup do not hide a copy. Words are hashed to 64 bits with fixed constants, the same in
-every process: in an index of a hundred million n-grams, one document in a hundred million of a thousand words is
-found by chance.
+What counts as a word suits prose, code and scripts without spaces alike: letters and digits in a row, with their
+combining marks, in lower case; a Chinese, Japanese, Thai, Lao, Burmese or Khmer character with its marks is a word by
+itself. All else, underscores and marks without a letter too, separates. So layout, punctuation and markup do not hide
+a copy. Words are hashed to 64 bits with fixed constants, the same in every process: in an index of a hundred million
+n-grams, one document in a hundred million of a thousand words is found by chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,22 +35,53 @@ N = 13
 MIN_WORDS = 8
 # What files of a project have in common, such as licence headers, is less than this share of a document.
 MAX_COVERAGE = 0.5
+# Characters that are hashed at a time, which bounds the memory that a long text takes.
+PIECE = 1 << 20
 
 _ALONE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-_WORDS = re.compile(f"[{_ALONE}]|[^\\W_{_ALONE}]+")
+# Pieces may begin with these: no word goes on with one, and normalization joins none to what is before it.
+_CUT = re.compile("[\\s!-/:-@[-`{-~\u4e00-\u9fff]")
 # Of ASCII, all that is no letter or digit becomes a space. The bytes of other words are above 127 and stay.
 _TABLE = bytes(byte if byte > 127 or chr(byte).isalnum() else 32 for byte in range(256))
 _BYTES = np.random.Generator(np.random.PCG64(1)).integers(1, 2**63, 256, dtype=np.uint64)
 _BYTES[32] = 0
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+# The largest table of powers that is kept, 1 MiB; a larger one takes less time than the text that it is for.
+_CACHED_POWERS = 1 << 16
+
+
+# Without combining marks; to look for them after each word takes half as long again, and most texts have none.
+_WORDS = re.compile(f"[{_ALONE}]|[^\\W_{_ALONE}]+")
+
+
+@functools.cache
+def _marks() -> np.ndarray:
+    """Whether a character is of category M, (0x110000,) bool; beyond U+1FFFF only variation selectors are."""
+    found = np.zeros(0x110000, bool)
+    for code in (*range(0x0300, 0x20000), *range(0xE0100, 0xE01F0)):
+        found[code] = unicodedata.category(chr(code)).startswith("M")
+    return found
+
+
+@functools.cache
+def _marked_words() -> re.Pattern[str]:
+    """The pattern of a word, with its marks."""
+    edges = np.flatnonzero(np.diff(_marks(), prepend=False, append=False))
+    marks = "".join(f"{chr(start)}-{chr(end - 1)}" for start, end in edges.reshape(-1, 2).tolist())
+    letters = f"[^\\W_{_ALONE}]"
+    # `re` is slow to find that a character is in none of many ranges, so what mostly follows a word is tried first.
+    mark = f"(?=[^\\w\\s!-/])[{marks}]"
+    return re.compile(f"(?!{mark})[{_ALONE}](?:{mark})*|{letters}+(?:{mark}{letters}*)*")
 
 
 def word_hashes(text: str) -> np.ndarray:
     """A hash of each word of a text, (words,), uint64."""
     if not text.isascii():
-        text = " ".join(_WORDS.findall(unicodedata.normalize("NFKC", text)))
+        text = unicodedata.normalize("NFKC", text)
+        has_marks = _marks()[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")].any()
+        text = " ".join((_marked_words() if has_marks else _WORDS).findall(text))
     text = text.lower()
     letters = np.frombuffer(text.encode("utf-8", "surrogatepass").translate(_TABLE), np.uint8)
     is_letter = letters != 32
@@ -67,12 +98,36 @@ def word_hashes(text: str) -> np.ndarray:
     return _mix(np.add.reduceat(_BYTES[letters[is_letter]] * powers[places], starts))
 
 
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of hardly more than PIECE characters, whose words one after another are those of the text."""
+    start = 0
+    while len(text) - start > PIECE and (cut := _CUT.search(text, start + PIECE)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _runs(text: str, n: int) -> Iterator[np.ndarray]:
+    """Word hashes of a text, a piece at a time: each run but the first begins with the last n - 1 words of the one
+    before, so each n words in a row are in one run. Only if the text has fewer does a run have fewer; it is all of it.
+    """
+    words, found = np.zeros(0, np.uint64), False
+    for piece in _pieces(text):
+        words = np.concatenate([words, word_hashes(piece)])
+        if len(words) >= n:
+            yield words
+            words, found = words[len(words) - n + 1 :], True
+    if len(words) and not found:
+        yield words
+
+
 def span_hashes(words: np.ndarray, length: int) -> np.ndarray:
     """A hash of each `length` words in a row, (words - length + 1,), uint64; none if there are fewer words."""
     count = len(words) - length + 1
     if count < 1:
         return np.zeros(0, np.uint64)
-    powers, inverses = _powers(1 << len(words).bit_length())
+    size = 1 << len(words).bit_length()
+    powers, inverses = _powers(size) if size <= _CACHED_POWERS else _powers.__wrapped__(size)
     # The difference of two running sums is a polynomial in the words between them, shifted by their place.
     sums = np.cumsum(words * powers[: len(words)])
     spans = sums[length - 1 :].copy()
@@ -113,7 +168,7 @@ class Matches:
 
 
 class NgramIndex:
-    """Spans of n words, and the items they are from: some 30 bytes for each. It pickles, as `datasets.map` asks.
+    """Spans of n words, and the items they are from: 28 to 44 bytes for each. It pickles, as `datasets.map` asks.
 
     Args:
         n: words in a row that count as shared.
@@ -151,10 +206,12 @@ class NgramIndex:
         """Adds an item; the items of a name are numbered as they come."""
         if name not in self._counts:
             self.names.append(name)
-        words = word_hashes(text)
-        length = min(self.n, len(words))
+        spans, length = [], 0
+        for words in _runs(text, self.n):
+            length = min(self.n, len(words))
+            spans.append(np.unique(span_hashes(words, length)))
         if length:
-            self._new.append((np.unique(span_hashes(words, length)), len(self._owners)))
+            self._new.append((np.unique(np.concatenate(spans)), len(self._owners)))
             if self.min_words <= length < self.n:
                 self._short.add(length)
         self._owners.append((self.names.index(name), self._counts.get(name, 0)))
@@ -187,23 +244,27 @@ class NgramIndex:
     def matches(self, text: str) -> Matches:
         """The items that a text shares a span with, and how much of it each name covers."""
         self._sort()
-        words = word_hashes(text)
-        length = min(self.n, len(words))
-        if not length or not len(self._hashes):
+        if not len(self._hashes):
             return Matches([], {})
-        spans = span_hashes(words, length)
-        shorter = [span_hashes(words, fewer) for fewer in sorted(self._short) if fewer < length]
-        found, items = self._look_up(np.concatenate([spans, *shorter]))
-        if not len(items):
-            return Matches([], {})
-        chosen = sorted(self._owners[item] for item in np.unique(items).tolist())
-        whole = found < len(spans)
-        found, items = found[whole], items[whole]
-        # Each span counts once for a name, however many of its items it is in.
-        spans_of_names = np.unique(self._names[items] * len(spans) + found) // len(spans)
-        covered = np.bincount(spans_of_names, minlength=len(self.names))
-        coverage = {self.names[name]: float(covered[name] / len(spans)) for name, _ in chosen}
-        return Matches([(self.names[name], number) for name, number in chosen], coverage)
+        chosen: set[int] = set()
+        covered, total = np.zeros(len(self.names), np.int64), 0
+        for words in _runs(text, self.n):
+            length = min(self.n, len(words))
+            spans = span_hashes(words, length)
+            total += len(spans)
+            shorter = [span_hashes(words, fewer) for fewer in sorted(self._short) if fewer < length]
+            found, items = self._look_up(np.concatenate([spans, *shorter]))
+            if not len(items):
+                continue
+            chosen.update(np.unique(items).tolist())
+            whole = found < len(spans)
+            found, items = found[whole], items[whole]
+            # Each span counts once for a name, however many of its items it is in.
+            spans_of_names = np.unique(self._names[items] * len(spans) + found) // len(spans)
+            covered += np.bincount(spans_of_names, minlength=len(self.names))
+        owners = sorted(self._owners[item] for item in chosen)
+        coverage = {self.names[name]: float(covered[name] / total) for name, _ in owners}
+        return Matches([(self.names[name], number) for name, number in owners], coverage)
 
     def _look_up(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places of spans that occur, and the items they occur in; a place for each of these."""
@@ -225,7 +286,8 @@ class SharedText:
         n: words of an n-gram.
         max_coverage: share of a document's n-grams that may occur in a set.
 
-    It pickles. Two texts are equal if they are after white space is normalised, as in `documents.FirstSeen`.
+    It pickles, and a deep copy of it is the object itself. Two texts are equal if they are after white space is
+    normalised, as in `documents.FirstSeen`.
     """
 
     def __init__(self, texts: Mapping[str, Iterable[str]], n: int = N, max_coverage: float = MAX_COVERAGE):
@@ -240,6 +302,11 @@ class SharedText:
                 if (digest := _digest(text)) not in seen:
                     seen.add(digest)
                     self.index.add(name, text)
+        self.index._sort()
+
+    def __deepcopy__(self, memo: dict) -> SharedText:
+        # Nothing changes it from here on, and a stream is copied with all its filters for each pass over it.
+        return self
 
     def __call__(self, text: str) -> list[str]:
         """The names of the sets that a document is from."""
@@ -251,7 +318,15 @@ class SharedText:
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    """Of a text's words between single spaces."""
+    digest, started, gap = hashlib.blake2b(digest_size=16), False, False
+    for piece in _pieces(text):
+        gap = gap or piece[:1].isspace()
+        if words := piece.split():
+            joined = " " * (started and gap) + " ".join(words)
+            digest.update(joined.encode("utf-8", "surrogatepass"))
+            started, gap = True, piece[-1].isspace()
+    return digest.digest()
 
 
 class _NotShared:

@@ -3,7 +3,7 @@
 - {name: "embedded:stdlib,sympy_docs", split: train}         # arguments of `load_corpus`, tokenized and packed
 - {catalog: open_web_math}                                    # a source of the paper's, all its subsets
 - {catalog: finemath, split: "train[:1%]", streaming: false, weight: 0.4}
-- {catalog: finemath, exclude: runs/curate/probes}            # without the documents that these files of probes hold
+- {catalog: finemath, exclude: runs/curate/probes}            # without the documents that a file of these probes holds
 - {rows: runs/quickstart/rows, split: probe, sources: [stdlib]}    # a saved folder of packed rows, taken as it is
 
 `load_rows` makes one data set of them; `load_sources` keeps the sources apart, as a mixture takes them, and reads
@@ -215,8 +215,14 @@ def _excluded(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _load_excluded(names: Sequence[str]) -> SharedText:
-    texts = [row["text"] for name in names for row in load_corpus(name, min_characters=1)]
-    return SharedText({"probes": texts})
+    """Each file is a probe set, and so is a folder of `save_to_disk`."""
+    sets = {}
+    for name in names:
+        folder = Path(name).expanduser()
+        saved = any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
+        for file in [folder] if saved else find_files(name)[1]:
+            sets[str(file.resolve())] = file
+    return SharedText({key: load_corpus(str(file), min_characters=1)["text"] for key, file in sets.items()})
 
 
 def _first_rows(stream: PackedStream, count: int) -> Dataset:

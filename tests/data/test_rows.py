@@ -171,6 +171,31 @@ def test_documents_that_probes_hold_are_excluded_before_they_are_tokenized(lines
     assert f"even.jsonl: 3 {'documents' if streaming else 'of 30 documents'}" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["folder", "files", "pattern", "saved", "one file"])
+def test_each_file_of_probes_is_a_set_by_itself(tmp_path, tokenizer, form, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    halves = [" ".join(f"{half}{n}" for n in range(80)) for half in ("left", "right")]
+    # Each half has 68 of 160 13-grams of the first document; of the second, the left half has 68 of 108.
+    documents = ["both " + " ".join(halves) + " to keep here", f"mostly {halves[0]} " + "and so on " * 13]
+    Dataset.from_dict({"text": [*documents, LINE.format(1)]}).to_json(tmp_path / "documents.jsonl")
+    probes = tmp_path / "probes"
+    probes.mkdir()
+    for name, texts in {"one": halves, "two": []}.items() if form == "one file" else zip("ab", zip(halves)):
+        probe = Dataset.from_dict({"text": list(texts)})
+        if form == "saved":
+            probe.save_to_disk(probes / name)
+        elif len(probe):
+            probe.to_parquet(probes / f"{name}.parquet")
+    files = sorted(map(str, probes.iterdir()))
+    exclude = {"files": files + files[:1], "saved": files, "pattern": str(probes / "*.parquet")}.get(form, str(probes))
+    entry = {"name": str(tmp_path / "documents.jsonl"), "exclude": exclude}
+    check_entries("sources", [entry])
+    rows = load_rows([entry], tokenizer, 16, CONFIG, rows_per_source=1_000)
+    text = "".join(tokenizer.batch_decode(rows["input_ids"][:]))
+    assert "mostly" not in text
+    assert ("both" in text) == (form != "one file")
+
+
 def test_an_entry_of_which_nothing_is_left_is_an_error(lines, tokenizer):
     entry = {"name": str(lines / "even.jsonl"), "exclude": str(lines / "even.jsonl")}
     with pytest.raises(CorpusError, match=r"nothing is left of .*even.jsonl: .*even.jsonl holds all of it"):
