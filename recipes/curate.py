@@ -35,7 +35,15 @@ from rich.table import Table
 from mobilellm_hf.curation.arguments import CurateArguments
 from mobilellm_hf.curation.corpus import open_documents, sample_documents
 from mobilellm_hf.curation.estimate import cost_table, estimate
-from mobilellm_hf.curation.funnel import funnel, funnel_table, lost_sources, plot_funnel, reasons_table, write_samples
+from mobilellm_hf.curation.funnel import (
+    funnel,
+    funnel_table,
+    lost_sources,
+    plot_funnel,
+    reasons_table,
+    truncated_documents,
+    write_samples,
+)
 from mobilellm_hf.curation.probes import ProbeReport, compose_probes, shared_with_training
 from mobilellm_hf.curation.scoring import Rate, sources_of
 from mobilellm_hf.curation.stages import Curation, CurationStage, curate
@@ -107,6 +115,8 @@ def write_results(
     steps = funnel(result.reports, sources)
     console.print(funnel_table(steps))
     console.print(reasons_table(steps))
+    for line in truncated_documents(steps):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
     write_whole(folder / "funnel.json", lambda path: path.write_text(json.dumps(list(map(dataclasses.asdict, steps)))))
     write_whole(folder / "funnel.png", lambda path: plot_funnel(steps, path, format="png"))
     write_samples(documents, result.reports, folder / "samples.md", args.samples_shown, args.seed)

@@ -117,7 +117,10 @@ class CurateArguments:
         known = set(sources)
         for capability, names in self.probes.items():
             if unknown := [name for name in names if name not in known]:
-                raise ValueError(f"probes.{capability}: there is no source {unknown[0]!r}; there are {sorted(known)}")
+                few = "" if self.max_documents is None else f", of which max_documents={self.max_documents} chose some"
+                raise ValueError(
+                    f"probes.{capability}: there are no documents of {unknown[0]!r}, but of {sorted(known)}{few}"
+                )
         if self.probes:
             return self.probes
         paper = {c: [name for name in names if name in known] for c, names in PROBE_SOURCES.items()}

@@ -37,6 +37,7 @@ from mobilellm_hf.curation.scoring import (
     OnDocuments,
     key_of,
     length_batches,
+    load_named,
     model_identity,
     sources_of,
 )
@@ -183,7 +184,7 @@ class Judge:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
             model, tokenizer = self._given
-            self._tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.name, revision=self.revision)
+            self._tokenizer = tokenizer or load_named(AutoTokenizer, "judge", self.name, self.revision)
         return self._tokenizer
 
     @property
@@ -240,7 +241,7 @@ class Judge:
 
     @cached_property
     def _loaded_config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.name, revision=self.revision)
+        return load_named(AutoConfig, "judge", self.name, self.revision)
 
     def _room(self, prompt: Prompt) -> int:
         """Tokens that the context leaves for a document."""

@@ -75,13 +75,17 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+
+
 def cost_table(costs: Sequence[StageCost], device: str) -> Table:
     """A line a step, and the sum beside the paper's."""
     table = Table("step", title=f"Estimated cost on one {device}, from a sample", show_footer=True)
     table.columns[0].footer = f"all (the paper: {PAPER_HOURS} GPU hours)"
-    for name in ("documents", "documents/s", "hours"):
+    for name in ("documents", "documents/s", "time"):
         table.add_column(name, justify="right")
-    table.columns[3].footer = f"{sum(cost.hours for cost in costs):,.3g}"
+    table.columns[3].footer = _duration(sum(cost.hours for cost in costs))
     for cost in costs:
-        table.add_row(cost.name, f"{cost.documents:,.0f}", f"{cost.per_second:,.1f}", f"{cost.hours:,.3g}")
+        table.add_row(cost.name, f"{cost.documents:,.0f}", f"{cost.per_second:,.1f}", _duration(cost.hours))
     return table

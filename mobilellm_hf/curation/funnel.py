@@ -58,15 +58,22 @@ def funnel_table(steps: Sequence[FunnelStep]) -> Table:
 
 
 def reasons_table(steps: Sequence[FunnelStep]) -> Table:
-    """Why documents fell, and how many; and how many a model read only in part, for their length."""
+    """Why documents fell, and how many."""
     table = Table("step", "why documents fell", "documents", title="Reasons")
     table.columns[2].justify = "right"
     for step in steps:
         for reason, count in sorted(step.fallen.items(), key=lambda item: -item[1]):
             table.add_row(step.name, reason, f"{count:,}")
-        if step.truncated:
-            table.add_row(step.name, "(longer than the model reads, kept or not)", f"{step.truncated:,}")
     return table
+
+
+def truncated_documents(steps: Sequence[FunnelStep]) -> list[str]:
+    """A line for each step whose model read some documents only in part, kept or not."""
+    return [
+        f"{step.name}: {step.truncated:,} documents are longer than the model reads; it saw their beginning"
+        for step in steps
+        if step.truncated
+    ]
 
 
 def lost_sources(reports: Sequence[StageReport], steps: Sequence[FunnelStep]) -> list[str]:

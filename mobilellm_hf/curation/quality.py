@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mobilellm_hf.curation.scoring import OnDocuments, length_batches, model_identity
+from mobilellm_hf.curation.scoring import OnDocuments, length_batches, load_named, model_identity
 from mobilellm_hf.curation.stages import CurationStage, StageInput, Verdict
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu-classifier"
@@ -69,7 +69,7 @@ class QualityClassifier(CurationStage):
 
     def check(self) -> None:
         """Raises a ValueError if the classifier has no such label; loads no weights."""
-        config = AutoConfig.from_pretrained(self.model_name, revision=self.revision)
+        config = load_named(AutoConfig, "classifier", self.model_name, self.revision)
         self._column(config.num_labels, config.id2label)
 
     def release(self) -> None:

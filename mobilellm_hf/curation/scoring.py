@@ -66,6 +66,19 @@ def model_identity(model: str | Path | PreTrainedModel, revision: str | None = N
     return f"{Path(model).name} {digest.hexdigest()}"
 
 
+def load_named(auto_class: type, role: str, name: str, revision: str | None) -> Any:
+    """What an Auto class makes of a model's name.
+
+    Raises:
+        ValueError: there is no such folder or Hub id; the message says what was to be loaded.
+    """
+    try:
+        return auto_class.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        what = "no folder or Hub model that loads" if not Path(name).is_dir() else "a folder that does not load"
+        raise ValueError(f"{role}: {name} is {what} ({str(error).splitlines()[0]})") from error
+
+
 def documents_key(documents: Dataset) -> str:
     """A hash of all texts and sources, in order. The first process reads them, and tells the others."""
     digest = blake2b(digest_size=16)

@@ -137,8 +137,8 @@ def build_curation(
             steps = funnel(result.reports, list(domains))
             plot_funnel(steps, workspace.folder / "curation" / "funnel.png")
             write_samples(documents, result.reports, workspace.folder / "curation" / "samples.md", 2, settings.seed)
-    before, after = (sum(len(part[split]) for split in part) for part in (DatasetDict(sizes), DatasetDict(found)))
-    stage.say(f"{after:,} of {before:,} documents stand for the rest")
+    kept = [f"{len(found[name]):,} of {len(sizes[split]):,} {name}" for split, name in CURATED.items()]
+    stage.say(f"documents that stand for the rest: {', '.join(kept)}")
     return DatasetDict(found), steps
 
 

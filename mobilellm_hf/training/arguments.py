@@ -168,6 +168,8 @@ class StageTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0:
             raise ValueError("max_steps must be given: a mixture has no epochs")
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})")
 
     def global_batch(self) -> int:
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size

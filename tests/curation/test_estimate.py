@@ -90,7 +90,7 @@ def test_the_table_adds_the_hours_up():
     console.print(cost_table(costs, "H100"))
     lines = [[part.strip() for part in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()]
     cells = [line for line in lines if line]
-    assert cells[0][:3] == ["quality", "7,200,000", "1,000.0"] and float(cells[0][3]) == 2
-    assert cells[1][:3] == ["ask-general", "360,000", "10.0"] and float(cells[1][3]) == 10
-    assert float(cells[2][3]) == 12 and "200 GPU hours" in cells[2][0]
+    assert cells[0][:3] == ["quality", "7,200,000", "1,000.0"] and cells[0][3] == "2.0 h"
+    assert cells[1][:3] == ["ask-general", "360,000", "10.0"] and cells[1][3] == "10.0 h"
+    assert cells[2][3] == "12.0 h" and "200 GPU hours" in cells[2][0]
     assert "one H100" in console.file.getvalue()

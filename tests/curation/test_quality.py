@@ -71,7 +71,7 @@ def test_labels_must_be_the_classifiers(folders):
             QualityClassifier(folders[1], label=label).check()
     with pytest.raises(ValueError, match="has one output and no class 'ham': leave label out"):
         QualityClassifier(folders[0], label="ham").check()
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match="classifier: .*nowhere is no folder or Hub model that loads"):
         QualityClassifier(folders[0] / "nowhere").check()
     stage = QualityClassifier(folders[1], label="ham")
     stage.check()

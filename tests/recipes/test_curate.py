@@ -257,7 +257,7 @@ def test_bad_input_is_one_line(workplace, monkeypatch):
 def test_what_is_found_once_the_corpora_are_open_is_one_line_too(workplace, monkeypatch):
     few = {"sources": [{"name": str(workplace / "wiki.jsonl")}], "probes": {"knowledge": ["wiki"]}, "training": []}
     cases = [
-        ({"probes": {"code": ["pyhton"]}}, "probes.code: there is no source 'pyhton'; there are ['wiki']"),
+        ({"probes": {"code": ["pyhton"]}}, "probes.code: there are no documents of 'pyhton', but of ['wiki']"),
         ({"probes": {}, "sources": [{"name": str(workplace / "python.jsonl")}]}, "none of the paper's sources"),
         ({"sources": [{"name": str(workplace / "none.jsonl")}]}, "none.jsonl"),
         ({"prompts": {"general": str(workplace / "twice.txt")}}, "must contain {document} once, not 2 times"),
