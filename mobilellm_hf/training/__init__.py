@@ -7,6 +7,7 @@ teacher_cache.py   a teacher's probabilities on disk, for every student and phas
 monitors.py        NLL on probe sets, and a loss that is no number; rank_me.py, throughput.py
 stage.py           a whole stage from a YAML file; arguments.py
 sft.py             supervised fine-tuning with TRL; sft_arguments.py, sft_data.py
+grpo.py            reinforcement with TRL; grpo_arguments.py, grpo_data.py, pass_rate.py
 plots.py, tables.py   what is shown at the end
 """
 

@@ -22,6 +22,7 @@ from mobilellm_hf.data.catalog import mixture, printed
 from mobilellm_hf.data.catalog_sources import BENCHMARK_ROWS
 from mobilellm_hf.data.source_weights import source_weights
 from mobilellm_hf.training.arguments import StageArguments, StageTrainingArguments
+from mobilellm_hf.training.grpo_arguments import GRPOArguments, GRPOTrainingArguments
 from mobilellm_hf.training.sft_arguments import SFTArguments, SFTTrainingArguments
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,8 @@ def load_recipe(name: str):
 def classes_of(config: Path) -> tuple[type, ...]:
     if config.stem.startswith("sft_") or config.parent.name == "ablations":
         return SFTArguments, SFTTrainingArguments
+    if config.stem == "grpo":
+        return GRPOArguments, GRPOTrainingArguments
     recipe = config.stem.partition("_phase")[0]
     module = load_recipe(recipe)
     if recipe == "midtrain":
@@ -103,7 +106,7 @@ def test_a_file_begins_with_what_it_is_for(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_takes_its_file(config, elsewhere):
     arguments = parse(config)[0]
-    if isinstance(arguments, StageArguments | CurateArguments | SFTArguments):
+    if isinstance(arguments, StageArguments | CurateArguments | SFTArguments | GRPOArguments):
         arguments.check()
     given = yaml.safe_load(config.read_text())
     for value in parse(config):

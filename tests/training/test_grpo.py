@@ -1,0 +1,246 @@
+"""GRPO on a tiny model: what a run leaves, the order of prompts, rewards that raise, intervals, what is refused."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import load_file
+from sft_cases import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mobilellm_hf.rewards import AccuracyReward, SafeReward
+from mobilellm_hf.training import grpo
+from mobilellm_hf.training.grpo import judges_of, run_grpo
+from mobilellm_hf.training.grpo_arguments import GOLD, GRPOArguments, GRPOTrainingArguments, build_rewards
+from mobilellm_hf.training.grpo_data import lay_out, load_prompts, up_to_the_user
+from mobilellm_hf.training.pass_rate import PassRateCallback, pass_rates, wilson_interval
+
+STEPS, PROMPTS = 6, 2
+
+
+def settings(folder: Path, **changes) -> tuple[GRPOArguments, GRPOTrainingArguments]:
+    """A run of 6 steps of 2 prompts x 2 generations, on 5 prompts: epochs end within it, and within steps."""
+    given = {
+        "model": str(folder / "model"),
+        "model_name": "tiny-grpo",
+        "sources": [{"synthetic": ["addition"], "count": 5}],
+        "rewards": [{"name": "accuracy"}, {"name": "length", "buffer": 4}],
+        "held_out": [{"synthetic": ["comparing"], "count": 3, "split": "probe"}],
+    }
+    training = {
+        "output_dir": str(folder / "run"), "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "num_generations": 2, "max_completion_length": 6, "learning_rate": 1e-3,
+        "save_steps": 2, "save_total_limit": None, "bf16": False, "activation_checkpointing": False, "use_cpu": True,
+    }  # fmt: skip
+    for name, value in changes.items():
+        (given if name in GRPOArguments.__dataclass_fields__ else training)[name] = value
+    return GRPOArguments(**given), GRPOTrainingArguments(**training)
+
+
+class Recorded:
+    """Rewards tokens of high numbers, and keeps the prompts that it saw; raises, if asked to, whatever it sees."""
+
+    __name__ = "recorded"
+
+    def __init__(self, raises: bool = False):
+        self.seen: list[str] = []
+        self.raises = raises
+
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        if len(prompts) > 1:
+            self.seen += [prompt[-1]["content"] for prompt in prompts]
+        if self.raises:
+            raise RuntimeError("never works")
+        return [sum(ids) / 1000 for ids in completion_ids]
+
+
+def run_recorded(monkeypatch, folder: Path, raises: bool = False, **changes):
+    """A run with a `Recorded` reward beside those of the settings."""
+    recorded = Recorded(raises)
+
+    def with_recorded(*given):
+        return [*build_rewards(*given), SafeReward(recorded)]
+
+    monkeypatch.setattr(grpo, "build_rewards", with_recorded)
+    return run_grpo(*settings(folder, **changes), Console(quiet=True)), recorded
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A model with a context of 64, and a run on it that nothing disturbed: `whole`."""
+    folder = tmp_path_factory.mktemp("grpo")
+    make_model(folder / "model")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patched:
+        result, recorded = run_recorded(patched, folder, output_dir=str(folder / "whole"), measure_every=3)
+    (folder / "seen.json").write_text(json.dumps(recorded.seen))
+    assert result.model == folder / "whole" / "tiny-grpo"
+    return folder
+
+
+def test_a_run_leaves_a_model_that_loads_its_log_and_its_pass_rate(project):
+    folder = project / "whole"
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny-grpo")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny-grpo")
+    assert tokenizer.chat_template and tokenizer.eos_token == "<|eot_id|>" and model.config.use_cache
+    before, after = load_file(project / "model/model.safetensors"), load_file(folder / "tiny-grpo/model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rewards = [entry for entry in log if "reward" in entry]
+    assert [entry["step"] for entry in rewards] == list(range(1, STEPS + 1))
+    assert {"rewards/accuracy/mean", "rewards/length/mean", "completions/mean_length"} <= rewards[0].keys()
+    rate = json.loads((folder / "pass_rate.json").read_text())
+    assert rate["decoding"] == "greedy" and [entry["step"] for entry in rate["by_step"]] == [0, 3, 6]
+    assert rate["before"]["prompts"] == 3 and rate["after"]["low"] <= rate["after"]["rate"] <= rate["after"]["high"]
+    assert (folder / "grpo.png").stat().st_size > 10_000
+    assert json.loads((folder / "prompts.json").read_text())["sources"] == {"prompts": 5, "dropped": {}}
+
+
+def test_each_step_asks_its_prompts_as_often_as_there_are_generations(project):
+    seen = json.loads((project / "seen.json").read_text())
+    assert len(seen) == STEPS * PROMPTS * 2
+    groups = [Counter(seen[start : start + 4]) for start in range(0, len(seen), 4)]
+    assert all(set(group.values()) <= {2, 4} for group in groups)
+    asked = seen[::2]
+    assert len(set(asked[:5])) == len(set(asked[5:10])) == 5 and asked[:5] != asked[5:10]
+
+
+@pytest.mark.parametrize("kept", [2, 4])  # within the first epoch, and in a later one
+def test_a_resumed_run_asks_the_same_prompts_and_ends_with_the_same_weights(project, monkeypatch, tmp_path, kept):
+    folder = tmp_path / "killed"
+    shutil.copytree(project / "whole", folder)
+    shutil.rmtree(folder / "tiny-grpo")
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > kept:
+            shutil.rmtree(path)
+    (folder / f"checkpoint-{kept + 1}").mkdir()  # half-written
+    result, recorded = run_recorded(monkeypatch, project, output_dir=str(folder), measure_every=3)
+    assert recorded.seen == json.loads((project / "seen.json").read_text())[kept * PROMPTS * 2 :]
+    assert [rate.step for rate in pass_rates(result.log_history)] == [0, 3, 6]
+    whole, resumed = (load_file(path / "tiny-grpo/model.safetensors") for path in (project / "whole", folder))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_reward_that_raises_is_skipped_and_counted(project, monkeypatch, tmp_path):
+    short = {"max_steps": 2, "held_out": [], "output_dir": str(tmp_path)}
+    result, _ = run_recorded(monkeypatch, project, raises=True, **short)
+    assert result.skipped == {"recorded": {"RuntimeError": 8}} and result.pass_rate is None
+    assert sum(entry.get("rewards/recorded/skipped", 0) for entry in result.log_history) == 8
+    assert not (tmp_path / "pass_rate.json").exists() and (tmp_path / "tiny-grpo/config.json").exists()
+
+
+def test_prompts_that_cannot_be_graded_are_dropped_and_counted(project, tmp_path):
+    rows = [{"q": f"{n} + {n}?", "a": f"So \\boxed{{{2 * n}}}"} for n in range(4)]
+    rows += [{"q": "9 + 9?", "a": "18"}, {"q": "0 + 1?", "a": "?"}]
+    rows += [{"q": " ", "a": "1"}, {"q": "cups and " * 40, "a": "1"}]
+    file = tmp_path / "file.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entry = {"name": str(file), "prompt_column": "q", "gold_column": "a", "system": ""}
+    (tmp_path / "held.jsonl").write_text('{"q": "9 + 9?", "a": "18"}\n')
+    held_out = [{**entry, "name": str(tmp_path / "held.jsonl")}]
+    sets = {"sources": [entry], "held_out": held_out, "on_long_prompt": "drop"}
+    given = {**sets, "max_steps": 1, "max_completion_length": 4, "output_dir": str(tmp_path / "run")}
+    result = run_grpo(*settings(project, **given), Console(quiet=True))
+    dropped = {"held out": 1, "gold answer cannot be parsed": 1, "no prompt": 1, "longer than max_prompt_length": 1}
+    assert result.prompts["sources"] == {"prompts": 4, "dropped": dropped}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": None}, "model: name the model"),
+        ({"model": "nowhere"}, "tokenizer: none could be loaded from nowhere"),
+        ({"sources": []}, "sources must be a list"),
+        ({"sources": [{"synthetic": ["addition"], "cuont": 5}]}, "'cuont'.*Did you mean count"),
+        ({"sources": [{"name": "x.jsonl", "gold_column": "a"}]}, r"sources\[0\] has no prompt_column"),
+        (
+            {"sources": [{"name": "FILE", "prompt_column": "question", "gold_column": "a"}]},
+            "'question' for prompt_",
+        ),
+        ({"sources": [{"name": "FILE", "prompt_column": "q", "gold_column": "gold"}]}, "'gold' for gold_column"),
+        ({"sources": [{"name": "FILE", "prompt_column": "q", "gold_column": "none"}]}, "sources: no prompt is left"),
+        ({"held_out": [{"synthetic": ["adding"]}]}, "there is no task 'adding'"),
+        ({"rewards": []}, "rewards must be a list"),
+        ({"rewards": [{"name": "acuracy"}]}, r"rewards\[0\] is 'acuracy'.*Did you mean accuracy"),
+        ({"rewards": [{"name": "accuracy", "second": 1}]}, "'second'.*Did you mean seconds"),
+        ({"rewards": [{"name": "length"}]}, r"rewards\[0\], length: .*buffer"),
+        ({"rewards": [{"name": "accuracy"}] * 2}, "rewards has accuracy twice"),
+        ({"reward_weights": [1.0]}, "reward_weights has 1 weights for 2 rewards"),
+        ({"max_prompt_length": 5}, "max_prompt_length is 5 .*raise it, or write on_long_prompt: drop"),
+        ({"max_completion_length": 64}, "beyond the model's max_position_embeddings=64"),
+        ({"save_steps": 3, "generation_batch_size": 8}, "save_steps=3 x gradient_accumulation_steps=2"),
+        ({"held_out_samples": -1}, "held_out_samples=-1"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_a_refusal_names_the_field_and_the_remedy(project, tmp_path, changes, message):
+    (tmp_path / "file.jsonl").write_text('{"q": "1 + 1?", "a": "2", "none": "?"}\n')
+    for entry in changes.get("sources", []):
+        if entry.get("name") == "FILE":
+            entry["name"] = str(tmp_path / "file.jsonl")
+    with pytest.raises(ValueError, match=message) as error:
+        run_grpo(*settings(project, output_dir=str(tmp_path / "run"), **changes), Console(quiet=True))
+    assert "\n" not in str(error.value)
+
+
+# The parts
+
+
+def test_the_order_of_the_run_is_epochs_of_their_own_order():
+    rows = Dataset.from_dict({"n": list(range(7))})
+    order = lay_out(rows, 20, seed=3)["n"][:]
+    assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7)) and order[:7] != order[7:14] and len(order) == 20
+    assert lay_out(rows, 20, seed=3)["n"][:] == order != lay_out(rows, 20, seed=4)["n"][:]
+    assert lay_out(rows, 9, seed=3, shuffle=False)["n"][:] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+
+
+def test_a_prompt_ends_with_the_last_turn_of_the_user():
+    rows = load_prompts([{"synthetic": ["addition"], "count": 2}])
+    assert [turn["role"] for turn in rows[0]["prompt"]] == ["system", "user"] and rows[0][GOLD].isdigit()
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    assert up_to_the_user(turns) == turns[:3] and up_to_the_user(turns[1:2]) == []
+
+
+def test_what_is_right_is_for_accuracy_or_code_to_say():
+    named = build_rewards([{"name": "think_format"}, {"name": "cosine_length"}, {"name": "code"}], 10)
+    assert [judge.__name__ for judge in judges_of(named)] == ["accuracy", "code"]
+    assert isinstance(judges_of(named[:1])[0].reward, AccuracyReward)
+    assert named[1].reward.limit == 10 and named[2].reward.tests_column == GOLD
+
+
+def test_of_several_samples_the_pass_rate_is_their_mean_and_training_draws_as_before(project):
+    model = AutoModelForCausalLM.from_pretrained(project / "whole/tiny-grpo")
+    tokenizer = AutoTokenizer.from_pretrained(project / "whole/tiny-grpo")
+    prompts = load_prompts([{"synthetic": ["addition"], "count": 5}])
+    seen = []
+
+    def every_third(asked, completions, **columns):
+        seen.append([(prompt[-1]["content"], gold) for prompt, gold in zip(asked, columns[GOLD])])
+        return [float(place % 3 == 0) if place else None for place in range(len(completions))]
+
+    monitor = PassRateCallback(prompts, tokenizer, [every_third], 1, max_new_tokens=3, samples=3, batch_size=4)
+    before = torch.get_rng_state()
+    figures = monitor.measure(model.train())
+    assert torch.equal(before, torch.get_rng_state()) and model.training
+    assert figures["pass_rate"] == pytest.approx((3 + 0) / 15) and figures["pass_rate/prompts"] == 5
+    assert (figures["pass_rate/low"], figures["pass_rate/high"]) == wilson_interval(1, 5)
+    assert [len(batch) for batch in seen] == [12, 3] and len(set(seen[0][:3])) == 1 and seen[0][0] != seen[0][3]
+
+
+def test_wilsons_interval_is_that_of_the_textbook():
+    # 15 of 148: Newcombe (1998), Table I, method 3.
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    for right, count in ((3, 10), (81, 263), (29, 29), (1.5, 4)):
+        # Its bounds are the shares from which the one observed is 1.96 standard errors away.
+        z, share = 1.959963984540054, right / count
+        for bound in wilson_interval(right, count):
+            assert abs(share - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / count), abs=1e-9)
+    with pytest.raises(ValueError, match="right=5 must be between 0 and count=4"):
+        wilson_interval(5, 4)
