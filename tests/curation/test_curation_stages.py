@@ -212,7 +212,7 @@ def test_what_cannot_be_curated_is_refused(tmp_path):
 
 def test_all_steps_are_checked_before_the_first_runs(tmp_path):
     first = DropWords("history")
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError):
         curate(documents(9), [first, QualityClassifier(tmp_path / "nowhere")], tmp_path / "run")
     assert first.decided == 0
 
