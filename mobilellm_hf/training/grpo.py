@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
@@ -48,7 +47,7 @@ from mobilellm_hf.training.pass_rate import (
     pass_rates,
     plot_grpo,
 )
-from mobilellm_hf.training.stage import _explained_write_errors
+from mobilellm_hf.training.stage import explained_write_errors, finish_model
 from mobilellm_hf.workspace import Workspace
 
 # Of TRL's arguments, those that decide the weights that come out.
@@ -186,7 +185,7 @@ def train(
     add_before_trackers(trainer, *_watching(args, training, trainer, prompts.get("held_out"), rewards))
     trainer.add_callback(RewardProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
-    with _explained_write_errors(workspace):
+    with explained_write_errors(workspace):
         workspace.claim()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer
@@ -235,11 +234,7 @@ def write_results(
     if rates := pass_rates(log):
         rate = pass_rate_document(rates, args.held_out_samples, given.temperature, given.max_completion_length)
     if trainer.is_world_process_zero():
-        trainer.processing_class.save_pretrained(partial)
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        AutoConfig.from_pretrained(partial)  # as a user will, which is the last thing to be sure of
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        finish_model(partial, folder, trainer.processing_class)
         _write_log(workspace.folder, log, counts, rate)
     trainer.accelerator.wait_for_everyone()
     skipped = {reward.__name__: dict(reward.skipped) for reward in rewards if reward.skipped}

@@ -24,7 +24,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
@@ -47,7 +46,7 @@ from mobilellm_hf.training.monitors import ProbeNLLCallback, StopOnNonFiniteLoss
 from mobilellm_hf.training.plots import plot_training
 from mobilellm_hf.training.sft_arguments import SFTArguments, SFTTrainingArguments
 from mobilellm_hf.training.sft_data import build_rows, load_chat_tokenizer_and_config, mix
-from mobilellm_hf.training.stage import _explained_write_errors
+from mobilellm_hf.training.stage import explained_write_errors, finish_model
 from mobilellm_hf.training.throughput import ThroughputCallback
 from mobilellm_hf.workspace import Workspace
 
@@ -144,7 +143,7 @@ def train(
     add_before_trackers(trainer, *watching)
     trainer.add_callback(StageProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
-    with _explained_write_errors(workspace):
+    with explained_write_errors(workspace):
         workspace.claim()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer
@@ -179,11 +178,7 @@ def write_results(
         if args.use_peft:
             model.save_pretrained(workspace.folder / "adapter")
             model.merge_and_unload().save_pretrained(partial)
-        trainer.processing_class.save_pretrained(partial)
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        AutoConfig.from_pretrained(partial)  # as a user will, which is the last thing to be sure of
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        finish_model(partial, folder, trainer.processing_class)
         log = trainer.state.log_history
         (workspace.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
         plot_training(log, workspace.folder / "training.png")

@@ -195,7 +195,7 @@ def train(
     add_before_trackers(trainer, *build_callbacks(args, training, mixture, probes))
     trainer.add_callback(StageProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
-    with _explained_write_errors(workspace):
+    with explained_write_errors(workspace):
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except PhaseEndedError as error:  # what the Trainer has loaded stays: the checkpoint of the end, or the start
@@ -204,7 +204,7 @@ def train(
 
 
 @contextmanager
-def _explained_write_errors(workspace: Workspace) -> Iterator[None]:
+def explained_write_errors(workspace: Workspace) -> Iterator[None]:
     """A disk that is full has a different error in every library that writes; this one says what to do."""
     try:
         yield
@@ -238,11 +238,7 @@ def write_results(
     resampling = next((c for c in trainer.callback_handler.callbacks if hasattr(c, "rounds")), None)
     ended = resampling.rounds[-1].ended if resampling is not None and resampling.rounds else ""
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(partial)
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        AutoConfig.from_pretrained(partial)  # as a user will, which is the last thing to be sure of
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        finish_model(partial, folder, tokenizer)
         log = trainer.state.log_history
         (workspace.folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
         draws = max(1, trainer.state.global_step * training.global_batch())
@@ -252,6 +248,15 @@ def write_results(
             plot_training(log, workspace.folder / "training.png", training.global_batch() * args.seq_length)
     trainer.accelerator.wait_for_everyone()
     return StageResult(folder, trainer.state.log_history, mixture, ended)
+
+
+def finish_model(partial: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a saved model's folder whole, and puts it in the place of an earlier one."""
+    tokenizer.save_pretrained(partial)
+    (partial / "training_args.bin").unlink(missing_ok=True)
+    AutoConfig.from_pretrained(partial)  # as a user will, which is the last thing to be sure of
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def mixture_document(mixture: MixtureDataset, draws: int) -> dict[str, Any]:
