@@ -1,0 +1,77 @@
+"""The graph in eager, with the operators of the device, against the model that it was made of."""
+
+import copy
+
+import pytest
+import torch
+from export_cases import CONTEXT, eager_logits, random_tokens, tiny_model
+
+from mobilellm_hf.export.graph import KVCache, OnDeviceGraph
+
+
+def run(graph: OnDeviceGraph, token_ids: list[int], pieces: list[int]) -> list[torch.Tensor]:
+    """The logits after each piece."""
+    found, start = [], 0
+    for length in pieces:
+        tokens = torch.tensor([token_ids[start : start + length]])
+        with torch.no_grad():
+            found.append(graph(tokens, torch.arange(start, start + length))[0, 0])
+        start += length
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"layer_repeats": 2}, {"rope_interleaved": False, "use_qk_norm": False}, {"num_key_value_heads": 4}],
+    ids=["plain", "repeated layers", "classic", "no groups"],
+)
+def test_pieces_of_a_text_give_the_logits_of_the_whole(fields):
+    model = tiny_model(**fields)
+    tokens = random_tokens(40)
+    expected = eager_logits(model, tokens)
+    pieces = [16, 7, 1, 1, 14, 1]
+    graph = OnDeviceGraph(copy.deepcopy(model), CONTEXT, 16, torch.float32)
+    for length, logits in zip(torch.tensor(pieces).cumsum(0), run(graph, tokens, pieces)):
+        assert torch.allclose(logits, expected[length - 1], atol=1e-5), length
+
+
+def test_a_bfloat16_cache_holds_rounded_keys_and_values_and_nothing_else_is_rounded_more():
+    model = tiny_model()
+    tokens = random_tokens(40)
+    exact = OnDeviceGraph(copy.deepcopy(model), CONTEXT, 16, torch.float32)
+    rounded = OnDeviceGraph(copy.deepcopy(model), CONTEXT, 16, torch.bfloat16)
+    a, b = (torch.stack(run(graph, tokens, [16, 16, 8])) for graph in (exact, rounded))
+    assert 0 < (a - b).abs().max() < 0.02 * a.abs().max()
+    # The first layer's keys do not depend on the cache
+    assert torch.equal(exact.caches[0].keys.bfloat16(), rounded.caches[0].keys)
+
+
+def test_the_cache_has_the_kv_heads_first_and_is_no_part_of_the_weights():
+    cache = KVCache(2, 8, 4, torch.bfloat16)
+    key, value = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    cache.update(key, value, 5)
+    assert cache.keys.shape == (2, 8, 1, 4) and not cache.state_dict()
+    assert torch.equal(cache.keys[:, 5:, 0], key[0].bfloat16()) and torch.equal(
+        cache.values[:, 5:, 0], value[0].bfloat16()
+    )
+    assert not cache.keys[:, :5].any()
+
+
+def test_a_later_text_does_not_see_what_an_earlier_one_left():
+    graph = OnDeviceGraph(tiny_model(), CONTEXT, 16, torch.float32)
+    short = random_tokens(12, seed=1)
+    fresh = run(graph, short, [12])[0]
+    run(graph, random_tokens(40), [16, 16, 8])
+    assert torch.equal(run(graph, short, [12])[0], fresh)
+
+
+def test_one_graph_is_for_all_lengths_up_to_the_bound():
+    graph = OnDeviceGraph(tiny_model(num_hidden_layers=1), CONTEXT, 16)
+    program = graph.export()["model"]
+    assert 16 in {int(bound.upper) for bound in program.range_constraints.values() if bound.upper < 1000}
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names.count("llama.custom_sdpa.default") == 1
+
+
+def test_the_bound_is_no_longer_than_the_context():
+    assert OnDeviceGraph(tiny_model(), 32, 512).prefill == 32
