@@ -26,6 +26,7 @@ EXTRAS = {
         "torchao>=0.18,<0.19",
         "optimum>=2,<2.1",
         "pytorch-tokenizers>=1.5,<2",
+        "coremltools==9.0; platform_system == 'Darwin' or platform_machine == 'x86_64'",  # Optimum imports all recipes
         "flatbuffers",
         "psutil",
         "ruamel.yaml",

@@ -278,7 +278,7 @@ def _load(path: Path):
             module.method_meta(METHOD)
         return module
     except RuntimeError as error:
-        raise ValueError(f"{path} does not load ({error}){_versions(path)}: export the model again") from error
+        raise ValueError(f"{path} does not load ({error}){_versions(path)}: export it again") from error
 
 
 def _versions(path: Path) -> str:
