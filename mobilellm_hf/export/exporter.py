@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import mobilellm_hf
@@ -33,7 +34,7 @@ from mobilellm_hf.data.tokenization import check_tokenizer
 from mobilellm_hf.export.arguments import MAX_SEQ_LEN, ExportArguments
 from mobilellm_hf.export.graph import OnDeviceGraph
 from mobilellm_hf.export.program import StoredWeight, lower, metadata, read_weights, write_program
-from mobilellm_hf.export.quantization import Quantization, QuantizedLayer
+from mobilellm_hf.export.quantization import Quantization, QuantizedLayer, read_back
 from mobilellm_hf.export.requirements import need_executorch
 from mobilellm_hf.export.size import cache_bytes, check_room, size_table, stored_bytes
 from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
@@ -86,7 +87,7 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_program(program, partial / PROGRAM)
-            verify(partial / PROGRAM, layers)
+            verify(partial / PROGRAM, graph)
             tokenizer.save_pretrained(partial)
             config.save_pretrained(partial)
             model.generation_config.save_pretrained(partial)
@@ -148,12 +149,13 @@ def summary_of(layers: Mapping[str, QuantizedLayer]) -> str:
     )
 
 
-def verify(path: Path, layers: Mapping[str, QuantizedLayer]) -> None:
-    """Raises a RuntimeError unless the file has the quantized Linear layers that it was to have, and no others."""
+def verify(path: Path, graph: OnDeviceGraph) -> None:
+    """Raises a RuntimeError unless the file has the quantized Linear layers of the graph, and no others."""
     datatypes = {"8da4w": "qbint4", "8da8w": "qcint8"}
+    layers = [read_back(module.weight) for module in graph.modules() if isinstance(module, nn.Linear)]
     wanted = Counter(
         StoredWeight(datatypes[layer.scheme], layer.group_size, layer.shape)
-        for layer in layers.values()
+        for layer in layers
         if layer.scheme in datatypes
     )
     found = Counter(read_weights(path))

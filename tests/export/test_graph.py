@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from export_cases import CONTEXT, eager_logits, random_tokens, tiny_model
+from export_cases import CONTEXT, eager_logits, random_tokens, tiny_config, tiny_model
 
-from mobilellm_hf.export.graph import KVCache, OnDeviceGraph
+from mobilellm_hf.export.graph import OnDeviceGraph
+from mobilellm_hf.export.layers import KVCache, join, row_order
+from mobilellm_hf.export.quantization import Quantization
 
 
 def run(graph: OnDeviceGraph, token_ids: list[int], pieces: list[int]) -> list[torch.Tensor]:
@@ -48,13 +50,30 @@ def test_a_bfloat16_cache_holds_rounded_keys_and_values_and_nothing_else_is_roun
 
 def test_the_cache_has_the_kv_heads_first_and_is_no_part_of_the_weights():
     cache = KVCache(2, 8, 4, torch.bfloat16)
-    key, value = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    cache.update(key, value, 5)
+    query, key, value = torch.randn(3, 2, 3, 1, 4).bfloat16()
+    cache.attend(query, key, value, 5, 1.0)
     assert cache.keys.shape == (2, 8, 1, 4) and not cache.state_dict()
-    assert torch.equal(cache.keys[:, 5:, 0], key[0].bfloat16()) and torch.equal(
-        cache.values[:, 5:, 0], value[0].bfloat16()
-    )
+    assert torch.equal(cache.keys[:, 5:], key) and torch.equal(cache.values[:, 5:], value)
     assert not cache.keys[:, :5].any()
+
+
+@pytest.mark.parametrize("linear", ["none", "8da4w", "8da8w"])
+def test_joined_layers_compute_what_the_layers_did(linear):
+    model = tiny_model()
+    Quantization.for_config(linear, model.config).apply(model)
+    attention = model.model.layers[0].self_attn
+    inputs, order = torch.randn(5, 64), torch.randperm(128 + 64 + 64)
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    expected = torch.cat([part(inputs) for part in parts], dim=-1)[:, order]
+    assert torch.allclose(join(parts, order)(inputs), expected, atol=1e-6)
+
+
+def test_every_row_is_in_the_joined_matrix_once():
+    order = row_order(tiny_config())
+    assert torch.equal(order.sort().values, torch.arange(256))
+    # The first kv head's first query, its pairs apart; its key after its two queries; values as they were
+    assert order[:3].tolist() == [0, 2, 4] and order[16:18].tolist() == [1, 3]
+    assert order[64:66].tolist() == [128, 130] and order[96] == 64 and order[192:].tolist() == list(range(192, 256))
 
 
 def test_a_later_text_does_not_see_what_an_earlier_one_left():
