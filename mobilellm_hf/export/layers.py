@@ -1,9 +1,9 @@
 """A decoder layer rearranged for XNNPACK: the same function, one delegate between two attentions instead of six.
 
-- Query, key and value are one Linear, and so are gate and up: an activation is quantized once for all of them.
-  Rows are joined and put in another order, never their values: each row keeps its scales.
-- The rows of a rotated pair are half a head apart, so RoPE takes two slices instead of strided pairs, and the heads
-  of queries stand with the key head that they share, so that they are the batch of `custom_sdpa` as they come.
+- XNNPACK slices nothing whose length may vary. The halves of a rotated head are swapped by a product with a constant
+  matrix, and no Linear is joined to another whose outputs go elsewhere: only query and key are one.
+- Its rows are put in another order, never their values; each keeps its scales. The rows of a rotated pair are half a
+  head apart, and the query heads stand with the key head that they share: the batch of `custom_sdpa` as they come.
 - A mean of squares is a product with a constant vector: XNNPACK has no mean over the last dimension, and each norm
   would otherwise end a delegate.
 """
@@ -60,67 +60,60 @@ class DeviceLayer(nn.Module):
 
     def __init__(self, layer: MobileLLMDecoderLayer, config: MobileLLMConfig):
         super().__init__()
-        attention, feed_forward = layer.self_attn, layer.feed_forward
+        attention = layer.self_attn
         self.head_dim, self.kv_heads = config.head_dim, config.num_key_value_heads
         self.groups, self.scaling = attention.num_key_value_groups, attention.scaling
         dtype, eps = layer.input_layernorm.weight.dtype, config.rms_norm_eps
         self.input_norm = DeviceNorm(config.hidden_size, eps, layer.input_layernorm.weight, dtype)
         self.post_attention_norm = DeviceNorm(config.hidden_size, eps, layer.post_attention_layernorm.weight, dtype)
         self.qk_norm = DeviceNorm(self.head_dim, eps, None, dtype) if config.use_qk_norm else nn.Identity()
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv_proj = join(projections, row_order(config))
-        self.gate_up_proj = join((feed_forward.gate_proj, feed_forward.up_proj))
-        self.o_proj, self.down_proj = attention.o_proj, feed_forward.down_proj
-        self.activation = feed_forward.activation_fn
+        self.swap = nn.Buffer(torch.eye(self.head_dim, dtype=dtype).roll(self.head_dim // 2, 0), persistent=False)
+        self.qk_proj = join((attention.q_proj, attention.k_proj), row_order(config))
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.feed_forward = layer.feed_forward
 
     def forward(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int, cache: KVCache
     ) -> torch.Tensor:
         hidden_states = hidden_states + self.attend(self.input_norm(hidden_states), cos, sin, start, cache)
-        gate, up = self.gate_up_proj(self.post_attention_norm(hidden_states)).chunk(2, dim=-1)
-        return hidden_states + self.down_proj(self.activation(gate) * up)
+        return hidden_states + self.feed_forward(self.post_attention_norm(hidden_states))
 
     def attend(
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: int, cache: KVCache
     ) -> torch.Tensor:
-        tokens = hidden_states.shape[1]
-        heads = self.qkv_proj(hidden_states).view(1, tokens, -1, self.head_dim)
-        rotated = self.kv_heads * (self.groups + 1)
-        states, value = heads[:, :, :rotated], heads[:, :, rotated:]
-        half = self.head_dim // 2
-        swapped = torch.cat((states[..., half:], states[..., :half]), dim=-1)
-        states = self.qk_norm(states * cos + swapped * sin)
+        # Here and below -1 stands for the tokens: XNNPACK reshapes to one length that is left open, not to a symbol.
+        states = self.qk_proj(hidden_states).view(1, -1, self.kv_heads * (self.groups + 1), self.head_dim)
+        states = self.qk_norm(states * cos + F.linear(states, self.swap) * sin)
         states, value = (
-            part.view(tokens, self.kv_heads, -1, self.head_dim).transpose(0, 1).to(cache.keys.dtype)
-            for part in (states, value)
+            part.view(-1, self.kv_heads, heads, self.head_dim).transpose(0, 1).to(cache.keys.dtype)
+            for part, heads in ((states, self.groups + 1), (self.v_proj(hidden_states), 1))
         )  # (kv heads, tokens, queries and their key | 1, head_dim)
         query, key = states[:, :, : self.groups], states[:, :, self.groups :]
         output = cache.attend(query, key, value, start, self.scaling).transpose(0, 1)
-        return self.o_proj(output.reshape(1, tokens, -1).to(hidden_states.dtype))
+        width = self.kv_heads * self.groups * self.head_dim
+        return self.o_proj(output.to(hidden_states.dtype).reshape(1, -1, width))
 
 
 def row_order(config: MobileLLMConfig) -> torch.Tensor:
-    """Which row of the stacked query, key and value matrices stands where in the joined one.
+    """Which row of the stacked query and key matrices stands where in the joined one.
 
-    For each kv head its query heads and its key head, then all value heads; in a rotated head the first members of
-    all pairs, then the second ones.
+    For each kv head its query heads and its key head; in a head the first members of all pairs, then the second ones.
     """
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rows = torch.arange((heads + 2 * kv_heads) * width).view(-1, width)
-    query, key, value = rows.split((heads, kv_heads, kv_heads))
+    rows = torch.arange((heads + kv_heads) * width).view(-1, width)
+    query, key = rows.split((heads, kv_heads))
     rotated = torch.cat((query.view(kv_heads, -1, width), key.view(kv_heads, 1, width)), dim=1)
     if config.rope_interleaved:
         rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2)
-    return torch.cat((rotated.flatten(), value.flatten()))
+    return rotated.flatten()
 
 
-def join(linears: tuple[nn.Linear, ...], order: torch.Tensor | None = None) -> nn.Linear:
+def join(linears: tuple[nn.Linear, ...], order: torch.Tensor) -> nn.Linear:
     """One Linear whose outputs are those of all, quantized like them, its rows in another order."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     def stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-        stacked = torch.cat(tensors)
-        return stacked if order is None else stacked[order]
+        return torch.cat(tensors)[order]
 
     weights = [linear.weight for linear in linears]
     first = weights[0]

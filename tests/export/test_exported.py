@@ -47,9 +47,10 @@ def test_the_file_has_the_weights_that_were_asked_for(small, exact):
     found = read_weights(small / "model.pte")
     assert found.count(StoredWeight("qcint8", 96, (64, 96))) == 2  # down_proj, which the group does not divide
     assert {weight.group_size for weight in found if weight.datatype == "qbint4"} == {64}
-    # Query, key and value are one, and so are gate and up.
+    # Query and key are one.
     shapes = [weight.shape for weight in found if weight.datatype == "qbint4"]
-    assert sorted(shapes) == sorted(2 * [(256, 64), (192, 64), (64, 128)] + [(352, 64)]) and len(found) == 2 * 4 + 1
+    each = [(192, 64), (64, 64), (64, 128), (96, 64), (96, 64)]
+    assert sorted(shapes) == sorted([*each, *each, (352, 64)]) and len(found) == 2 * 6 + 1
     assert "quantized_decomposed::embedding_4bit.out" in read_operators(small / "model.pte")
     assert read_weights(exact / "model.pte") == []
 
@@ -159,6 +160,8 @@ def test_the_llama_runner_generates_the_same(small):
     """In a process of its own, since the runner ends the process where it is not content."""
     code = """
 import sys
+from executorch.extension.llm.custom_ops import custom_ops
+from executorch.kernels import quantized
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 runner = TextLLMRunner(sys.argv[1] + "/model.pte", sys.argv[1] + "/tokenizer.json")
 said = []

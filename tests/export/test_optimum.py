@@ -34,7 +34,7 @@ def exported(tmp_path_factory):
 
 def test_its_command_writes_our_graph_with_the_group_size_that_it_was_given(exported):
     weights = read_weights(exported / "model.pte")
-    assert len(weights) == 4 + 1 and {(weight.datatype, weight.group_size) for weight in weights} == {("qbint4", 32)}
+    assert len(weights) == 6 + 1 and {(weight.datatype, weight.group_size) for weight in weights} == {("qbint4", 32)}
 
 
 def test_its_class_loads_what_its_command_wrote(exported):
@@ -78,7 +78,7 @@ def test_its_options_are_followed(model_folder):
         str(model_folder), qlinear="8da4w,8da8w", qlinear_group_size=64, qembedding="4w", max_seq_len=64
     )
     assert graph.metadata["get_max_context_len"] == 64
-    weight = graph.layers[0].down_proj.weight
+    weight = graph.layers[0].feed_forward.down_proj.weight
     assert weight.target_dtype == torch.int8 and weight.block_size == (1, 96)
 
 
