@@ -170,12 +170,13 @@ runner.generate(sys.argv[2], config, said.append)
 print("SAID" + repr("".join(said)))
 """
     device = OnDeviceModel(small)
-    for prompt in ("keys", "How many keys are there, and how many cups does a person have who has none?"):
-        command = [sys.executable, "-c", code, str(small), prompt]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        answer = device.generate(prompt, 12)
-        assert output.rpartition("SAID")[2].strip() == repr(answer.text)
-    assert answer.prompt_tokens > 16
+    # Three pieces. The binding takes no piece of text that is no UTF-8, which untrained weights write at times.
+    prompt = "How many keys are there, and how many cups does a person have who has none?"
+    command = [sys.executable, "-c", code, str(small), prompt]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answer = device.generate(prompt, 12)
+    assert output.rpartition("SAID")[2].strip() == repr(answer.text)
+    assert answer.prompt_tokens > 2 * 16
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ print("SAID" + repr("".join(said)))
     [
         (
             lambda data: data[:4] + b"ET99" + data[8:],
-            "does not load .*written with executorch .*: export the model again",
+            "does not load .*written with executorch .*: export it again",
         ),
         (lambda data: b"PK\x03\x04" + bytes(200), "is not an ExecuTorch program"),
         (lambda data: data[: len(data) // 2], "does not load"),
