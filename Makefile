@@ -27,7 +27,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_INDEX) $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^kronfluence==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(kronfluence|executorch|optimum-executorch)==' constraints.txt)
 	touch $@
 
 quickstart: $(VENV)/.installed

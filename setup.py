@@ -21,10 +21,23 @@ EXTRAS = {
     # What kronfluence needs for the EK-FAC curvature. It is installed itself with --no-deps, since it also declares
     # torchvision, whose newest build replaces torch.
     "ekfac": ["einconv>=0.1", "einops>=0.8", "opt-einsum>=3.4"],
+    # What executorch and optimum-executorch import. They are installed themselves with --no-deps: executorch also
+    # declares hydra-core, which only a command of its own uses and which wants another antlr4 than math-verify;
+    # optimum-executorch declares transformers==5.0.0rc1, and works with the one that is here.
+    "export": [
+        "torchao>=0.18,<0.19",
+        "optimum>=2,<2.1",
+        "pytorch-tokenizers>=1.5,<2",
+        "coremltools==9.0; platform_system == 'Darwin' or platform_machine == 'x86_64'",  # Optimum imports all recipes
+        "flatbuffers",
+        "psutil",
+        "ruamel.yaml",
+        "tabulate",
+    ],
     "zst": ["zstandard>=0.22"],  # data files that are compressed so, as some of the paper's are
     "lint": ["ruff==0.17.6"],
 }
-USED_BY_TESTS = ("plots", "peft", "curation", "offline", "rewards", "evaluation", "ekfac", "zst")
+USED_BY_TESTS = ("plots", "peft", "curation", "offline", "rewards", "evaluation", "ekfac", "export", "zst")
 EXTRAS["test"] = [
     "pytest>=8",
     "pytest-xdist>=3",
@@ -38,8 +51,15 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=[*find_packages(include=["mobilellm_hf", "mobilellm_hf.*"]), "mobilellm_hf.hub_cards"],
-    package_dir={"mobilellm_hf.hub_cards": "hub_cards"},
+    packages=[
+        *find_packages(include=["mobilellm_hf", "mobilellm_hf.*"]),
+        "mobilellm_hf.hub_cards",
+        "optimum.commands.register",  # where optimum-cli looks for what others add to it
+    ],
+    package_dir={
+        "mobilellm_hf.hub_cards": "hub_cards",
+        "optimum.commands.register": "mobilellm_hf/export/optimum_cli",
+    },
     package_data={
         "mobilellm_hf.curation": ["prompts/*.txt"],
         "mobilellm_hf.data": ["chat_template.jinja"],

@@ -1,0 +1,185 @@
+"""A model's folder to a folder that runs on a device: quantized, lowered to XNNPACK, read back (Appendix C).
+
+    recipes/export.py calls `run_export`.
+
+The output folder gets
+
+    model.pte                       the program, for XNNPACK and ExecuTorch's llama operators
+    tokenizer.json, ...             the tokenizer with its chat template, as ExecuTorch's llama runner reads it
+    config.json, ...                the model's configuration
+    export.json                     the settings, the versions, what every layer became, the size of every part
+
+It is written under another name first: it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import mobilellm_hf
+from mobilellm_hf.data.tokenization import check_tokenizer
+from mobilellm_hf.export.arguments import MAX_SEQ_LEN, ExportArguments
+from mobilellm_hf.export.graph import OnDeviceGraph
+from mobilellm_hf.export.program import StoredWeight, lower, metadata, read_weights, write_program
+from mobilellm_hf.export.quantization import Quantization, QuantizedLayer, read_back
+from mobilellm_hf.export.requirements import need_executorch
+from mobilellm_hf.export.size import cache_bytes, check_room, size_table, stored_bytes
+from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
+from mobilellm_hf.progress import StageProgress, StagesWithin
+
+PROGRAM, REPORT = "model.pte", "export.json"
+VERSIONED = ("executorch", "torch", "torchao", "transformers")
+# RoPE types whose angles depend on how long the text is, which a graph cannot decide.
+DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+def run_export(args: ExportArguments, console: Console, progress: StageProgress | StagesWithin | None = None) -> Path:
+    """Exports and returns the output folder.
+
+    Raises:
+        ValueError: the arguments fit neither each other nor the model; the message names the field.
+        MemoryError, OSError: there is less memory or disk than the export takes.
+        ImportError: ExecuTorch is missing; the message says how to install it.
+    """
+    args.check()
+    need_executorch()
+    folder = Path(args.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output={folder} exists and is not empty: delete it, or give another folder")
+    with progress or StageProgress(["model", "quantization", "program", "results"], console) as progress:
+        with progress.stage("model") as stage:
+            config = load_config(args.model)
+            context = context_of(args, config)
+            quantization = Quantization.for_config(
+                args.quantize, config, group_size=args.group_size, embedding=args.embedding,
+                embedding_group_size=args.embedding_group_size, fall_back=args.group_fall_back,
+            )  # fmt: skip
+            cache_dtype = getattr(torch, args.kv_cache)
+            memory, disk = check_room(config, quantization, context, cache_dtype, folder)
+            tokenizer = load_tokenizer(args.model, config)
+            model = MobileLLMForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
+            stage.say(f"{model.num_parameters():,} parameters, up to {memory / 1e9:.1f} GB of memory")
+        parts = stored_bytes(model, quantization)
+        eos = model.generation_config.eos_token_id
+        with progress.stage("quantization") as stage:
+            layers = quantization.apply(model)
+            stage.say(summary_of(layers))
+        with progress.stage("program") as stage:
+            graph = OnDeviceGraph(model, context, args.prefill, cache_dtype)
+            constants = metadata(config, context, graph.prefill, eos)
+            program = lower(graph, constants)
+            stage.say(f"context {context:,}, cache {cache_bytes(config, context, cache_dtype) / 1e6:.0f} MB")
+        with progress.stage("results"):
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_program(program, partial / PROGRAM)
+            verify(partial / PROGRAM, graph)
+            tokenizer.save_pretrained(partial)
+            config.save_pretrained(partial)
+            model.generation_config.save_pretrained(partial)
+            report = report_of(args, quantization, layers, parts, context, graph.prefill)
+            (partial / REPORT).write_text(json.dumps(report, indent=2))
+            shutil.rmtree(folder, ignore_errors=True)  # which is empty
+            os.replace(partial, folder)
+    console.print(size_table(parts, folder / PROGRAM))
+    console.print(f"{folder}: {PROGRAM}, tokenizer and {REPORT}", soft_wrap=True)
+    return folder
+
+
+def load_config(name: str) -> MobileLLMConfig:
+    """Of a mobilellm or llama4_text model.
+
+    Raises:
+        ValueError: it is none, or has a RoPE that cannot be exported.
+    """
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ValueError(f"model={name} is not a model: it has no config.json")
+    if Path(name).is_file():
+        raise ValueError(f"model={name} is a file: give the folder that it is in")
+    try:
+        config = MobileLLMConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model={name} is neither a folder nor a model on the Hub: {error}") from error
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in DYNAMIC_ROPE:
+        raise ValueError(f"model={name}: rope_type={rope_type!r} cannot be exported, since a graph cannot decide it")
+    return config
+
+
+def context_of(args: ExportArguments, config: MobileLLMConfig) -> int:
+    longest = config.max_position_embeddings
+    if args.max_seq_len is None:
+        return min(longest, MAX_SEQ_LEN)
+    if args.max_seq_len > longest:
+        raise ValueError(
+            f"max_seq_len={args.max_seq_len:,} is beyond the {longest:,} positions that {args.model} was made for "
+            "(max_position_embeddings)"
+        )
+    return args.max_seq_len
+
+
+def load_tokenizer(name: str, config: MobileLLMConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={name} has no tokenizer that loads: {error}") from error
+    check_tokenizer(tokenizer, config)
+    return tokenizer
+
+
+def summary_of(layers: Mapping[str, QuantizedLayer]) -> str:
+    """How many layers became what: '46 8da4w in groups of 32, 1 4w in groups of 576'."""
+    counts = Counter((layer.scheme, layer.group_size) for layer in layers.values())
+    return ", ".join(
+        f"{count} {scheme}" + (f" in groups of {size}" if size else "") for (scheme, size), count in counts.items()
+    )
+
+
+def verify(path: Path, graph: OnDeviceGraph) -> None:
+    """Raises a RuntimeError unless the file has the quantized Linear layers of the graph, and no others."""
+    datatypes = {"8da4w": "qbint4", "8da8w": "qcint8"}
+    layers = [read_back(module.weight) for module in graph.modules() if isinstance(module, nn.Linear)]
+    wanted = Counter(
+        StoredWeight(datatypes[layer.scheme], layer.group_size, layer.shape)
+        for layer in layers
+        if layer.scheme in datatypes
+    )
+    found = Counter(read_weights(path))
+    if wanted != found:
+        missing, extra = wanted - found, found - wanted
+        raise RuntimeError(f"{path} is not what was asked for: it lacks {dict(missing)} and has {dict(extra)}")
+
+
+def report_of(
+    args: ExportArguments,
+    quantization: Quantization,
+    layers: Mapping[str, QuantizedLayer],
+    parts: Mapping[str, int],
+    context: int,
+    prefill: int,
+) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {
+        "model": args.model,
+        "context": context,
+        "prefill": prefill,
+        "kv_cache": args.kv_cache,
+        "quantization": dataclasses.asdict(quantization),
+        "layers": {name: f"{layer.scheme}/{layer.group_size}" for name, layer in layers.items()},
+        "bytes": dict(parts),
+        "versions": {"mobilellm_hf": mobilellm_hf.__version__, **versions},
+    }

@@ -1,0 +1,101 @@
+"""What an export will need, told before it begins, and what its file is made of, told after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from mobilellm_hf.export.quantization import BITS, Quantization
+from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
+
+# The stages of torch.export and of the lowering hold the weights several times over, beside the program's own copy.
+MEMORY_PER_BYTE_OF_FP32 = 4.0
+MEMORY_OF_THE_LIBRARIES = 1_500_000_000
+# Graph, names, alignment; measured on tiny models, where it is the larger part of the file.
+SLACK = 2_000_000
+GROUP_SCALE_BYTES, ROW_SCALE_BYTES = 2, 4
+PARTS = {"embed_tokens": "embedding", "lm_head": "head", "self_attn": "attention", "feed_forward": "feed-forward"}
+
+
+def stored_bytes(model: PreTrainedModel, quantization: Quantization) -> dict[str, int]:
+    """Bytes of every part as it will be stored; the model may be on the meta device.
+
+    A tied head is stored a second time: the embedding is read by rows, the head by XNNPACK's kernels.
+    """
+    sizes = dict.fromkeys([*PARTS.values(), "norms"], 0)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            continue
+        part = next((part for key, part in PARTS.items() if key in name.split(".")), "norms")
+        scheme, group_size = quantization.stores(name, module)
+        if scheme in BITS:
+            scales = weight.numel() // group_size
+            scale_bytes = GROUP_SCALE_BYTES if scheme == "8da4w" else ROW_SCALE_BYTES
+            sizes[part] += weight.numel() * BITS[scheme] // 8 + scales * scale_bytes
+        else:
+            sizes[part] += weight.numel() * quantization.dtype.itemsize
+    return sizes
+
+
+def cache_bytes(config: MobileLLMConfig, context: int, cache_dtype: torch.dtype) -> int:
+    """Of keys and values, in memory as the model runs; the file holds none."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * context * width * cache_dtype.itemsize
+
+
+def shape_of(config: MobileLLMConfig) -> MobileLLMForCausalLM:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return MobileLLMForCausalLM(config)
+
+
+def check_room(
+    config: MobileLLMConfig, quantization: Quantization, context: int, cache_dtype: torch.dtype, folder: Path
+) -> tuple[int, int]:
+    """Bytes of memory and of disk that the export will take at most.
+
+    Raises:
+        MemoryError, OSError: there is less; the message has both numbers.
+    """
+    model = shape_of(config)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    memory = int(parameters * 4 * MEMORY_PER_BYTE_OF_FP32) + MEMORY_OF_THE_LIBRARIES
+    memory += cache_bytes(config, context, cache_dtype)
+    if memory > (free := free_memory()):
+        raise MemoryError(
+            f"the export takes about {memory / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
+            "close other programs, or give a smaller max_seq_len"
+        )
+    disk = sum(stored_bytes(model, quantization).values()) + SLACK
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if disk > (free := shutil.disk_usage(existing).free):
+        raise OSError(f"the .pte takes about {disk / 1e6:.0f} MB and {existing} has {free / 1e6:.0f} MB free")
+    return memory, disk
+
+
+def free_memory() -> int:
+    """Of the machine, or of the control group (a container's) if that has less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return free
+
+
+def size_table(parts: Mapping[str, int], path: Path) -> Table:
+    """Parts as they are stored, and what is left of the file: graph, names, alignment."""
+    total = os.path.getsize(path)
+    table = Table("part", "MB", "share", title=f"{path.name}: {total / 1e6:.1f} MB")
+    for name, size in [*parts.items(), ("graph and alignment", total - sum(parts.values()))]:
+        table.add_row(name, f"{size / 1e6:.2f}", f"{size / total:.1%}")
+    return table

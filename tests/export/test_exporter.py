@@ -1,0 +1,100 @@
+"""What an export refuses before it begins, and that nothing half-written has the final name."""
+
+import json
+import shutil
+
+import pytest
+from export_cases import CONTEXT, export, save_model
+
+from mobilellm_hf import MobileLLMConfig
+from mobilellm_hf.export import exporter, size
+from mobilellm_hf.export.arguments import ExportArguments
+from mobilellm_hf.export.quantization import Quantization
+from mobilellm_hf.export.size import shape_of, stored_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_len": CONTEXT + 1}, "max_seq_len=97 is beyond the 96 positions"),
+        ({"max_seq_len": 1}, "max_seq_len=1 must be 2 or more"),
+        ({"prefill": 0}, "prefill=0 must be 2 or more"),
+        ({"kv_cache": "int8"}, "kv_cache='int8' must be bfloat16 or float32"),
+        ({"quantize": "4bit"}, "quantize='4bit' must be one of"),
+        ({"group_size": 64}, "group_size=64 does not divide the 96 inputs of .*group_fall_back: true"),
+    ],
+)
+def test_what_does_not_fit_is_refused(model_folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(model_folder, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is not a model: it has no config.json"):
+        export(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ValueError, match="is neither a folder nor a model on the Hub"):
+        export("no-one/has-this", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bert"}, "bert"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+    ],
+)
+def test_a_model_that_is_not_ours_is_refused_by_name(model_folder, tmp_path, change, message):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        export(folder, tmp_path / "out")
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    folder = save_model(tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="has no tokenizer that loads"):
+        export(folder, tmp_path / "out")
+
+
+def test_an_output_that_holds_something_is_left_alone(model_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        export(model_folder, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_too_little_memory_or_disk_is_told_before_the_weights_are_read(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter.MobileLLMForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(size, "free_memory", lambda: 10**8)
+    with pytest.raises(MemoryError, match=r"takes about .* GB of memory and 0\.1 GB are free"):
+        export(model_folder, tmp_path / "out")
+    monkeypatch.setattr(size, "free_memory", lambda: 10**11)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(size.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"takes about .* MB and .* has 0 MB free"):
+        export(model_folder, tmp_path / "out")
+
+
+def test_a_file_that_is_not_what_was_asked_for_does_not_get_the_name(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "lower", lambda graph, constants: None)
+    monkeypatch.setattr(exporter, "write_program", lambda program, path: path.write_bytes(b""))
+    monkeypatch.setattr(exporter, "read_weights", lambda path: [])
+    with pytest.raises(RuntimeError, match="is not what was asked for: it lacks"):
+        export(model_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_140m_fits_the_papers_phone():
+    config = MobileLLMConfig.for_size("140M", max_position_embeddings=32_768)
+    quantization = Quantization.for_config("8da4w", config)
+    assert sum(stored_bytes(shape_of(config), quantization).values()) <= 117e6
+
+
+def test_the_recipes_arguments_are_checked_without_a_model():
+    with pytest.raises(ValueError, match="prefill=1"):
+        ExportArguments("model", "out", prefill=1).check()
