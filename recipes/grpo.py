@@ -12,9 +12,10 @@ A killed run goes on from its last checkpoint with the prompts that it would hav
 and rewards are named.
 """
 
+from mobilellm_hf.hub.arguments import CheckpointArguments, releasing
 from mobilellm_hf.launch import launch
 from mobilellm_hf.training.grpo import run_grpo
 from mobilellm_hf.training.grpo_arguments import GRPOArguments, GRPOTrainingArguments
 
 if __name__ == "__main__":
-    launch(__doc__, (GRPOArguments, GRPOTrainingArguments), run_grpo)
+    launch(__doc__, (GRPOArguments, GRPOTrainingArguments, CheckpointArguments), releasing(run_grpo))

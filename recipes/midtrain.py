@@ -14,6 +14,7 @@ the teacher runs once over the rows and is then not needed again. Killed runs go
 
 from dataclasses import dataclass, field
 
+from mobilellm_hf.hub.arguments import CheckpointArguments, releasing
 from mobilellm_hf.launch import launch
 from mobilellm_hf.training.arguments import StageArguments, StageTrainingArguments
 from mobilellm_hf.training.stage import run_stage
@@ -40,4 +41,4 @@ class MidtrainTrainingArguments(StageTrainingArguments):
 
 
 if __name__ == "__main__":
-    launch(__doc__, (MidtrainArguments, MidtrainTrainingArguments), run_stage)
+    launch(__doc__, (MidtrainArguments, MidtrainTrainingArguments, CheckpointArguments), releasing(run_stage))

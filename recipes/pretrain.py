@@ -11,9 +11,10 @@ Any number of processes reads the same mixture. What a killed run has trained st
 CPUs ends with the same weights to the bit. `mobilellm_hf/training/stage.py` says what the output folder gets.
 """
 
+from mobilellm_hf.hub.arguments import CheckpointArguments, releasing
 from mobilellm_hf.launch import launch
 from mobilellm_hf.training.arguments import StageArguments, StageTrainingArguments
 from mobilellm_hf.training.stage import run_stage
 
 if __name__ == "__main__":
-    launch(__doc__, (StageArguments, StageTrainingArguments), run_stage)
+    launch(__doc__, (StageArguments, StageTrainingArguments, CheckpointArguments), releasing(run_stage))

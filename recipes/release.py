@@ -5,6 +5,8 @@
 
     python recipes/release.py --model runs/140M/midtrain-stage1/MobileLLM-R1-140M-midtrain-stage1 \\
         --repo org/MobileLLM-R1-140M-base --stage midtrain-stage1 --license apache-2.0 --dry-run
+    python recipes/release.py --model runs/140M/midtrain/MobileLLM-R1-140M-base --stage on-device --pte runs/device \\
+        --repo org/MobileLLM-R1-140M-base-ExecuTorch
     python recipes/release.py --data-set runs/curate --repo org/representative
     python recipes/release.py --verify org/MobileLLM-R1-140M-base@midtrain-stage1 --model runs/140M/...
 
@@ -14,6 +16,7 @@ nothing new makes no commit; a branch that somebody else has written to is repor
 `hf auth login` or HF_TOKEN.
 """
 
+import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -27,7 +30,7 @@ from mobilellm_hf.hub.data_sets import package_data_set
 from mobilellm_hf.hub.files import files_table
 from mobilellm_hf.hub.package import Release, package_model
 from mobilellm_hf.hub.releases import publish
-from mobilellm_hf.hub.stages import parse_target
+from mobilellm_hf.hub.stages import Target, parse_target
 from mobilellm_hf.hub.verification import verify
 from mobilellm_hf.launch import launch
 
@@ -36,15 +39,14 @@ def run(args: ReleaseArguments, console: Console) -> None:
     args.check()
     try:
         if args.verify is not None:
-            try_release(args, console)
+            verify_release(args, console)
         else:
             release_stage(args, console)
-    except (HTTPError, RuntimeError) as error:
-        raise ValueError(f"{error.__cause__ or error}\nNothing is lost: the same command goes on") from error
+    except (HTTPError, json.JSONDecodeError) as error:
+        raise ValueError(f"{error}\nNothing is lost: the same command goes on") from error
 
 
-def package(args: ReleaseArguments, repo: str) -> Release:
-    target = args.target(repo)
+def package(args: ReleaseArguments, target: Target) -> Release:
     if args.data_set is not None:
         return package_data_set(Path(args.data_set), target, license=args.license)
     return package_model(
@@ -56,12 +58,15 @@ def package(args: ReleaseArguments, repo: str) -> Release:
 
 def release_stage(args: ReleaseArguments, console: Console) -> None:
     api = HfApi()
-    release = package(args, args.repo)
+    target = args.target(args.repo)
+    release = package(args, target)
     if not args.dry_run:
-        console.print(f"{api.endpoint}, {check_access(api, args.repo, release.target.repo_type, args.private)}")
+        access = check_access(api, target.repo, target.repo_type, args.private)
+        console.print(f"{api.endpoint}, {access}", markup=False, soft_wrap=True)
     if args.rehearses():
+        release.refuse_leaks(get_token(), args.accept)  # before minutes are spent
         release.rehearse(lambda name: console.print(f"runs the card's block {name}", style="dim"))
-        release = package(args, args.repo)  # whose card says what was run
+        release = package(args, target)  # whose card says what was run
     page = release.write_preview()
     show(release, console)
     release.refuse_leaks(get_token(), args.accept)
@@ -72,8 +77,9 @@ def release_stage(args: ReleaseArguments, console: Console) -> None:
     done = "released" if published.is_new else "nothing new, no commit was made"
     console.print(f"{published.url}: {done}; commit {published.commit}, tag {published.tag}", soft_wrap=True)
     if args.collection is not None:
-        kind = release.target.repo_type
-        url = add_to_collection(api, args.collection, args.repo, repo_type=kind, private=args.private)
+        url = add_to_collection(
+            api, args.collection, target.repo, repo_type=target.repo_type, note=release.summary, private=args.private
+        )
         console.print(f"{url}: the collection", soft_wrap=True)
 
 
@@ -87,14 +93,17 @@ def show(release: Release, console: Console) -> None:
         console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
-def try_release(args: ReleaseArguments, console: Console) -> None:
-    repo, branch, stage = parse_target(args.verify)
-    args.stage = args.stage or stage
-    local = args.model or args.data_set
-    kind = "dataset" if args.data_set else "model"
-    release = package(args, repo) if local else None
-    model = Path(args.model) if args.model else None
-    report = verify(repo, branch, release, model, repo_type=kind, say=lambda what: console.print(what, style="dim"))
+def verify_release(args: ReleaseArguments, console: Console) -> None:
+    repo, revision, stage = parse_target(args.verify)
+    known = Target(repo, stage) if stage else None
+    release = None
+    if args.model or args.data_set:
+        known = args.target(repo, stage)
+        release = package(args, known)
+    report = verify(
+        repo, revision, release, Path(args.model) if args.model else None, branch=known.branch if known else None,
+        repo_type="dataset" if args.data_set else "model", say=lambda what: console.print(what, style="dim"),
+    )  # fmt: skip
     console.print(report.table())
     if report.problems:
         raise ValueError(f"{args.verify} is not as it should be: {report.problems[0]}")

@@ -12,9 +12,10 @@ What a killed run has trained stays; the same command goes on, and on CPUs ends 
 named.
 """
 
+from mobilellm_hf.hub.arguments import CheckpointArguments, releasing
 from mobilellm_hf.launch import launch
 from mobilellm_hf.training.sft import run_sft
 from mobilellm_hf.training.sft_arguments import SFTArguments, SFTTrainingArguments
 
 if __name__ == "__main__":
-    launch(__doc__, (SFTArguments, SFTTrainingArguments), run_sft)
+    launch(__doc__, (SFTArguments, SFTTrainingArguments, CheckpointArguments), releasing(run_sft))

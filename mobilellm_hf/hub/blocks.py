@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -28,13 +27,15 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub.constants import HF_TOKEN_PATH
 
+from mobilellm_hf.export.requirements import need_executorch
 from mobilellm_hf.hub.files import WEIGHTS, ReleaseFile
 from mobilellm_hf.workspace import write_whole
 
 BLOCK = re.compile(r"<!-- block: ([\w-]+) -->\n```(\w+)\n(.*?)^```$", re.S | re.M)
 PACKAGE = "mobilellm_hf"
 WITHOUT = f"import sys\nsys.modules[{PACKAGE!r}] = None  # importing it raises ImportError\n"
-NEEDED = {"executorch": ("executorch",)}  # which the block's imports do not name
+EXECUTORCH = "executorch"  # the block that needs what is no dependency
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 NOT_RUN = "*Not run.*"
 SECONDS = 1800
 LINES_OF_ERROR = 12
@@ -59,10 +60,11 @@ class Block:
         """Why it cannot be run here; empty if it can."""
         if self.language != "python":
             return f"{self.language} blocks are not run"
-        imported = re.findall(rf"^from ({PACKAGE}\.\w+)", self.code, re.M)
-        for name in (*imported, *NEEDED.get(self.name, ())):
-            if importlib.util.find_spec(name) is None:
-                return f"{name} is not installed"
+        if self.name == EXECUTORCH:
+            try:
+                need_executorch()
+            except ImportError as error:
+                return str(error)
         return ""
 
 
@@ -102,12 +104,14 @@ def run_python(arguments: Sequence[str], environment: Mapping[str, str], what: s
 
 
 def clean_environment(home: Path, offline: bool) -> dict[str, str]:
-    """This process's environment with an empty cache, and the token, if it is a file, where it was."""
+    """This process's environment with an empty cache; offline, where downloaded code may run, without the token."""
     kept = {name: value for name, value in os.environ.items() if not name.endswith(("_CACHE", "_OFFLINE"))}
+    if offline:
+        kept = {name: value for name, value in kept.items() if name not in TOKENS}
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return kept | {
         "HF_HOME": str(home),
-        "HF_TOKEN_PATH": str(HF_TOKEN_PATH),
+        "HF_TOKEN_PATH": str(home / "token" if offline else HF_TOKEN_PATH),
         "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONPATH": os.pathsep.join(paths),

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from huggingface_hub import DatasetCardData, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from markdown_it import MarkdownIt
-from rich.filesize import decimal
 
 import mobilellm_hf
+from mobilellm_hf.evaluation.results import marks_of
 from mobilellm_hf.hub.blocks import NOT_RUN, Record, code_blocks
 from mobilellm_hf.hub.sources import public_settings
 
@@ -38,6 +37,7 @@ SHAPE = {
     "tie_word_embeddings": "input and output embeddings tied",
     "dtype": "weights saved as",
 }
+OF_A_FOLDER = re.compile(r"<!-- of this folder -->.*?<!-- end -->\n*", re.S)
 STYLE = """
 body { max-width: 50rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.55 system-ui, sans-serif; color: #1f2328; }
 pre { background: #f6f8fa; padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; font-size: 13px; }
@@ -80,14 +80,15 @@ def render(template: str, context: Mapping[str, Any], record: Record | None = No
     environment = jinja2.Environment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    environment.filters |= {"cell": _cell, "linked": _linked, "bytes": decimal, "public": public_settings}
+    environment.filters |= {"cell": _cell, "linked": _linked, "literal": _literal, "public": public_settings}
+    environment.filters["marks"] = lambda result: marks_of([result])
     try:
         found = environment.get_template(template)
         first = found.render(**context, ran=_NotRun())
         record = record or Record()
         ran = {name: record.status(block) for name, block in code_blocks(first).items()}
         text = found.render(**context, ran=ran)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the card's template {template} cannot be rendered: {error}") from error
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -104,8 +105,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:,.0f}" if value.is_integer() and value >= 1000 else f"{value:g}"
     return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _literal(text: str) -> str:
+    """A text whose asterisks stay as they are."""
+    return text.replace("*", "\\*")
 
 
 def _linked(hub_id: str) -> str:
@@ -156,11 +162,13 @@ def data_set_metadata(
 def description_of(card: str, pictures: Sequence[Picture] = ()) -> str:
     """The text of a card that somebody wrote, without metadata and the first heading; its headings a level lower.
 
+    What stands between `<!-- of this folder -->` and `<!-- end -->` is left out: a release is no folder.
+
     Args:
         pictures: of the release, to which links to files of their names lead.
     """
     body = REGEX_YAML_BLOCK.sub("", card, count=1).strip()
-    body = re.sub(r"\A# .*\n", "", body).strip()
+    body = re.sub(r"\A# .*\n", "", OF_A_FOLDER.sub("", body)).strip()
     parts = re.split(r"(^```.*?^```$)", body, flags=re.S | re.M)
     text = "".join(part if part.startswith("```") else re.sub(r"^#", "##", part, flags=re.M) for part in parts)
     for picture in pictures:
@@ -178,9 +186,3 @@ def to_html(card: str, title: str) -> str:
         f"<style>{STYLE}</style>\n"
         f"<details open><summary>metadata</summary><pre>{html.escape(metadata)}</pre></details>\n{body}</html>\n"
     )
-
-
-def metadata_of(card: str) -> dict[str, Any]:
-    """The metadata of a card; of one without, none."""
-    found = REGEX_YAML_BLOCK.match(card)
-    return yaml.safe_load(found.group(2)) or {} if found else {}

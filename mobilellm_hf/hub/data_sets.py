@@ -18,11 +18,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from mobilellm_hf.hub.cards import data_set_metadata, description_of
+from mobilellm_hf.hub.cards import data_set_metadata
 from mobilellm_hf.hub.contents import as_pictures
 from mobilellm_hf.hub.files import CARD, PICKLES, ReleaseFile, read_json
-from mobilellm_hf.hub.package import RECORD, Release, licenses_of, release_folder, with_card
-from mobilellm_hf.hub.sources import SourceFacts, described, public_name, public_settings, sources_of
+from mobilellm_hf.hub.package import RECORD, Release, licenses_of, own_description, release_folder, with_card
+from mobilellm_hf.hub.sources import (
+    SourceFacts,
+    described,
+    public_name,
+    public_settings,
+    sources_of,
+    unknown_licenses,
+)
 from mobilellm_hf.hub.stages import Target
 from mobilellm_hf.training.teacher_cache import MANIFEST, TeacherCache
 
@@ -129,7 +136,7 @@ class DataSetFacts:
 
     @cached_property
     def licenses_unknown(self) -> list[str]:
-        return [source.name for source in self.data if source.license in (None, "unknown")]
+        return unknown_licenses(self.data)
 
 
 def _part(name: str, paths: list[Path]) -> Part:
@@ -166,7 +173,7 @@ def package_data_set(
     pictures, picture_files = as_pictures(sorted(folder.glob("*.png")))
     files += picture_files
     staging = staging or release_folder(folder)
-    own, name = folder / CARD, target.repo.split("/")[1]
+    name = target.repo.split("/")[1]
     metadata = data_set_metadata(
         name, license=license, sources=sorted({source.hub_id for source in facts.data if source.hub_id}),
         parts={part.name: part.pattern for part in facts.parts}, tags=["mobilellm"],
@@ -175,7 +182,7 @@ def package_data_set(
         "target": target,
         "title": name,
         "facts": facts,
-        "description": description_of(own.read_text()) if own.exists() else "",
+        "description": own_description(folder),
         "pictures": pictures,
         "license": license,
         "card_data": metadata.to_yaml(),

@@ -10,8 +10,6 @@ training/sft.py, training/grpo.py, evaluation/results.py).
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +18,15 @@ from typing import Any
 
 import yaml
 
-from mobilellm_hf.curation.scoring import model_identity
-from mobilellm_hf.evaluation.paper_tables import rows_near
-from mobilellm_hf.evaluation.results import TaskResult, column_value
-from mobilellm_hf.evaluation.suites import SUITES, Suite
-from mobilellm_hf.hub.files import read_json, tensor_sizes
-from mobilellm_hf.hub.sources import SourceFacts, described, public_name, sources_of
+from mobilellm_hf.evaluation.results import TaskResult, legend, marks_of
+from mobilellm_hf.evaluation.suites import SUITES
+from mobilellm_hf.hub.files import read_json, read_json_lines, tensor_sizes, weight_files
+from mobilellm_hf.hub.programs import Program
+from mobilellm_hf.hub.results import SuiteFacts, check_identity, read_results, suite_facts
+from mobilellm_hf.hub.sources import SourceFacts, described, is_hub_id, public_name, sources_of, unknown_licenses
 from mobilellm_hf.training.monitors import PROBE_PREFIX, probe_history
 from mobilellm_hf.training.pass_rate import PassRate
 
-HASHED = re.compile(r" [0-9a-f]{32}$")  # of `model_identity`, where it names a folder's weights
 # Fields of a run's settings in the order in which a card shows them, and what it calls them.
 HYPERPARAMETERS = {
     "learning_rate": "peak learning rate",
@@ -78,26 +75,18 @@ class Row:
     after: float
 
 
-@dataclass(frozen=True)
-class SuiteFacts:
-    """A table of the paper: its columns, what was measured here, and rows as the paper prints them, in per cent."""
-
-    table: str
-    columns: tuple[str, ...]
-    measured: tuple[str, ...]
-    printed: dict[str, tuple[str, ...]]
-
-
 class ModelFacts:
     """The facts of a model's folder, of the run in whose folder it lies, and of its evaluation.
 
     Args:
         folder: of the model, or a Trainer's checkpoint.
         evaluation: what `recipes/evaluate.py` left.
+        program: what is released in place of the model, and was evaluated.
     """
 
-    def __init__(self, folder: Path, evaluation: Path | None = None):
+    def __init__(self, folder: Path, evaluation: Path | None = None, program: Program | None = None):
         self.folder, self.run, self._evaluation = folder, folder.resolve().parent, evaluation
+        self._program = program
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -106,7 +95,7 @@ class ModelFacts:
     @cached_property
     def parameters(self) -> int:
         """As the weights hold them: a head that is the embedding is counted once."""
-        return sum(sum(tensor_sizes(path).values()) for path in sorted(self.folder.glob("*.safetensors")))
+        return sum(sum(tensor_sizes(self.folder / name).values()) for name in weight_files(self.folder))
 
     @cached_property
     def has_chat_template(self) -> bool:
@@ -138,7 +127,7 @@ class ModelFacts:
         if state := self._state():
             return state["log_history"]
         path = self.run / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_json_lines(path) if path.exists() else []
 
     @cached_property
     def probes(self) -> list[Row] | None:
@@ -235,9 +224,7 @@ class ModelFacts:
         path = self._evaluation / "results.json"
         if not path.exists():
             raise ValueError(f"{self._evaluation} has no results.json: give the folder that recipes/evaluate.py wrote")
-        identity = read_json(path)["model"]["identity"]
-        if (found := HASHED.search(identity)) and not model_identity(self.folder).endswith(found[0]):
-            raise ValueError(f"{path} is of other weights than those of {self.folder}: evaluate these")
+        check_identity(path, self.folder, self._program)
         return list(read_results(path).values()) or None
 
     @cached_property
@@ -266,29 +253,33 @@ class ModelFacts:
         return before[::-1]
 
     @cached_property
+    def data_before(self) -> list[SourceFacts]:
+        """Sources that only the stages before have read."""
+        names = {source.name for source in self.data or ()}
+        read = {source.name: source for before in self.stages_before for source in before.data or ()}
+        return [SourceFacts(name, s.hub_id, s.license) for name, s in read.items() if name not in names]
+
+    @property
+    def licensed(self) -> list[SourceFacts]:
+        """All sources that this model has learnt from, as far as files say."""
+        return [*(self.data or ()), *self.data_before]
+
+    @cached_property
     def licenses_unknown(self) -> list[str]:
-        return [source.name for source in self.data or () if source.license in (None, "unknown")]
+        return unknown_licenses(self.licensed)
+
+    @cached_property
+    def teacher(self) -> str | None:
+        """Hub id of the model that this one was distilled from."""
+        named = (self.settings or {}).get("teacher") or ""
+        return named if is_hub_id(named) else None
+
+    @cached_property
+    def legend(self) -> str:
+        """What the marks of results mean."""
+        return legend(marks_of(self.evaluation or ()))
 
 
 def _with_source(name: str, named: Mapping[str, SourceFacts], figures: Mapping[str, Any]) -> SourceFacts:
     known = named.get(name) or described(name)
     return SourceFacts(name, known.hub_id, known.license, **figures)
-
-
-def suite_facts(suite: Suite, results: Mapping[str, TaskResult], parameters: int) -> SuiteFacts:
-    """A column is filled if all of its tasks were run."""
-    cells = []
-    for names in suite.columns.values():
-        whole = all(name in results for name in names)
-        cells.append(str(column_value([results[name] for name in names])) if whole else "")
-    rows = {
-        row.name: tuple("" if value is None else f"{value:.1f}" for value in row.values.values())
-        for row in rows_near(suite.name, parameters)
-    }
-    return SuiteFacts(suite.table, tuple(suite.columns), tuple(cells), rows)
-
-
-def read_results(path: Path) -> dict[str, TaskResult]:
-    """Task -> result of an evaluation, as evaluation/runner.py writes them; without the tasks that failed."""
-    tasks = read_json(path)["tasks"]
-    return {name: TaskResult.from_json(entry) for name, entry in tasks.items() if "error" not in entry}

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 CHUNK = 2**22
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 WEIGHTS = ".safetensors"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 CONFIGS = (CONFIG, "generation_config.json", INDEX)
@@ -70,9 +72,11 @@ def model_files(folder: Path) -> tuple[list[ReleaseFile], dict[str, str]]:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    files, left_out = [], {}
+    files, left_out, weights = [], {}, weight_files(folder)
     for path in sorted(folder.iterdir()):
-        if path.name in (*CONFIGS, *TOKENIZER) or path.suffix in (WEIGHTS, ".py"):
+        if path.name == INDEX and SINGLE in weights or path.suffix == WEIGHTS and path.name not in weights:
+            left_out[path.name] = "transformers does not load it"
+        elif path.name in (*CONFIGS, *TOKENIZER) or path.suffix in (WEIGHTS, ".py"):
             files.append(ReleaseFile(path.name, path))
         elif path.suffix in PICKLES:
             left_out[path.name] = "a pickle, which runs code where it is loaded"
@@ -80,6 +84,14 @@ def model_files(folder: Path) -> tuple[list[ReleaseFile], dict[str, str]]:
             left_out[path.name] = "no part of a model"
     _check(folder, {file.path for file in files}, left_out)
     return files, left_out
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Those that transformers loads: `model.safetensors`, or else what the index names."""
+    if (folder / SINGLE).exists():
+        return [SINGLE]
+    index = folder / INDEX
+    return sorted(set(read_json(index)["weight_map"].values())) if index.exists() else []
 
 
 def _check(folder: Path, names: set[str], left_out: dict[str, str]) -> None:
@@ -91,10 +103,11 @@ def _check(folder: Path, names: set[str], left_out: dict[str, str]) -> None:
             f"{folder}/config.json: model_type is {config.get('model_type')!r}, not mobilellm. "
             "MobileLLMForCausalLM.from_pretrained(...).save_pretrained(...) writes it as such, if it is that network"
         )
-    if not any(name.endswith(WEIGHTS) for name in names):
+    weights = weight_files(folder)
+    if not weights:
         pickled = [name for name in left_out if name.startswith("pytorch_model")]
         found = f", but {pickled[0]}, a pickle" if pickled else ""
-        raise ValueError(f"{folder} has no safetensors{found}: load it and call save_pretrained, and release that")
+        raise ValueError(f"{folder} has no {SINGLE}{found}: load it and call save_pretrained, and release that")
     code = {reference.split(".")[0] + ".py" for reference in config.get("auto_map", {}).values()}
     if not code or not code <= names:
         missing = f"{', '.join(sorted(code - names))} is missing" if code else "config.json has no auto_map"
@@ -104,18 +117,22 @@ def _check(folder: Path, names: set[str], left_out: dict[str, str]) -> None:
         )
     if "tokenizer.json" not in names or "tokenizer_config.json" not in names:
         raise ValueError(f"{folder} has no tokenizer: call tokenizer.save_pretrained({str(folder)!r})")
-    shards = [name for name in names if name.endswith(WEIGHTS)]
-    if INDEX in names:
-        wanted = set(read_json(folder / INDEX)["weight_map"].values())
-        if missing := sorted(wanted - set(shards)):
-            raise ValueError(f"{folder}: {INDEX} names {missing[0]}, which is not there: the folder is not whole")
-    for name in shards:
+    if missing := [name for name in weights if name not in names]:
+        raise ValueError(f"{folder}: {INDEX} names {missing[0]}, which is not there: the folder is not whole")
+    for name in weights:
         tensor_sizes(folder / name)
 
 
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -145,7 +162,7 @@ def files_table(files: Sequence[ReleaseFile], left_out: Iterable[tuple[str, str]
     table.columns[0].footer = "all"
     table.add_column("size", justify="right", footer=decimal(sum(file.size for file in files)))
     for file in files:
-        table.add_row(file.path, decimal(file.size))
+        table.add_row(escape(file.path), decimal(file.size))
     for name, reason in left_out:
-        table.add_row(f"[dim]{name}: left out, {reason}[/dim]", "")
+        table.add_row(f"[dim]{escape(name)}: left out, {reason}[/dim]", "")
     return table

@@ -4,7 +4,8 @@
 
 Keys are known by their issuers' prefixes and lengths and by nothing vaguer, so that source code and tokenized text
 give no false alarm; the token that the release itself is sent with is looked for as it is. A finding never repeats a
-secret. Of safetensors the header is read, of parquet files every string; of other files every byte.
+secret. Of safetensors the header is read, of parquet files every string and what their footer says; of other files
+every byte.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mobilellm_hf.hub.files import ReleaseFile
+from mobilellm_hf.hub.sources import PLACE
 
 CHUNK = 2**24
 LONGEST = 2**12  # of what a pattern matches; chunks overlap by so much
 SECRETS = {
-    "a Hugging Face token": rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
+    "a Hugging Face token": rb"hf_[A-Za-z0-9]{30,}|hf_(?:jwt|oauth)_+[\w.-]{30,}|api_org_[A-Za-z0-9]{30,}",
     "a GitHub token": rb"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,}",
     "a GitLab token": rb"glpat-[A-Za-z0-9_-]{20,}",
     "an AWS access key": rb"(?:AKIA|ASIA)[A-Z0-9]{16}\b",
@@ -37,14 +39,9 @@ SECRETS = {
 # None begins inside a word; but the n of an escaped line break, as JSON has it, is no part of one.
 BEGINNING = rb"(?:(?<![A-Za-z0-9])|(?<=\\[ntr]))"
 PATTERN = re.compile(BEGINNING + b"(?:" + b"|".join(b"(%s)" % pattern for pattern in SECRETS.values()) + b")")
-# Where a path of this machine says who works here, and where: a model's vocabulary and its samples may hold any text.
+# Files that a path of this machine has no place in: a model's vocabulary and its samples may hold any text.
 CONFIGS = (".json", ".jsonl", ".yaml", ".yml", ".md", ".jinja", ".html")
 NOT_CONFIGS = ("tokenizer.json", "vocab.json", "samples.md")
-ROOTS = (
-    "home root Users mnt media data tmp work workspace scratch var opt srv private gpfs lustre nfs fsx content kaggle "
-    "shared projects volumes storage"
-).split()
-PATH = re.compile(rb"(?<![\w./~-])(?:/(?:%s)/[\w.@+-]+|~/[\w.@+-]+|[A-Z]:\\[\w.]+)" % "|".join(ROOTS).encode())
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def scan(files: Sequence[ReleaseFile], token: str | None = None) -> list[Finding
         token: the user's own.
     """
     kinds = list(SECRETS)
-    pattern = PATTERN
+    pattern, place = PATTERN, _places()
     if token:
         kinds.append("the token of this session")
         pattern = re.compile(b"%s|(%s)" % (PATTERN.pattern, re.escape(token.encode())))
@@ -78,11 +75,17 @@ def scan(files: Sequence[ReleaseFile], token: str | None = None) -> list[Finding
             for match in pattern.finditer(text):
                 what = kinds[match.lastindex - 1]
                 seen.setdefault(what, Finding(file.path, line + text.count(b"\n", 0, match.start()), what))
-            if looks_like_config and "path" not in seen and (match := PATH.search(text)):
-                what = f"a path of this machine, {match[0].decode()}..."
+            if looks_like_config and "path" not in seen and (match := place.search(text)):
+                what = f"a path of this machine, {match[0].decode(errors='replace')}..."
                 seen["path"] = Finding(file.path, line + text.count(b"\n", 0, match.start()), what)
         found += seen.values()
     return found
+
+
+def _places() -> re.Pattern[bytes]:
+    """Paths that say who works where; the home and the current folder, wherever they are."""
+    own = [str(folder) for folder in (Path.home(), Path.cwd()) if len(folder.parts) > 2]
+    return re.compile("|".join([PLACE, *map(re.escape, own)]).encode())
 
 
 def _texts(file: ReleaseFile) -> Iterator[tuple[int, bytes]]:
@@ -99,16 +102,17 @@ def _texts(file: ReleaseFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _rows(file: pq.ParquetFile) -> Iterator[tuple[int, bytes]]:
+    yield 1, b"\0".join((file.metadata.metadata or {}).values()).replace(b"\n", b"\0")
     row, names = 1, [field.name for field in file.schema_arrow if not pa.types.is_primitive(field.type)]
     for batch in file.iter_batches(1_000, columns=names) if names else ():
         for values in batch.to_pylist():
-            yield row, "\0".join(_strings(values)).replace("\n", "\0").encode()
+            yield row, b"\0".join(_strings(values)).replace(b"\n", b"\0")
             row += 1
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
+def _strings(value: Any) -> Iterator[bytes]:
+    if isinstance(value, str | bytes):
+        yield value if isinstance(value, bytes) else value.encode()
     elif isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(inner)

@@ -1,9 +1,13 @@
-"""What was released from here, and to where: a small file beside a model, so that a branch that moved is noticed."""
+"""What was released from here, and to where: a small file beside a model, so that a branch that moved is noticed.
+
+Releases of one run know of each other: the checkpoints of its training, its model, and what was exported beside it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +48,23 @@ class Ledger:
         return f"{self.endpoint}/{repo}@{branch}"
 
     def is_ours(self, repo: str, branch: str, commit: str, tree: Mapping[str, str]) -> bool:
-        """Whether a branch's head was made from here, or has the files of a commit that was asked for from here.
+        """Whether a branch's head was made from this run, or has the files of a commit that was asked for from it.
 
         Args:
             tree: path -> SHA-256 or git's SHA-1 of each of its files.
         """
-        entry = self._entries.get(self.key(repo, branch), {})
-        return commit == entry.get("commit") or any(same_tree(tree, files) for files in entry.get("intended", ()))
+        entries = [entries.get(self.key(repo, branch), {}) for entries in (self._entries, *self._beside())]
+        return any(
+            commit == entry.get("commit") or any(same_tree(tree, files) for files in entry.get("intended", ()))
+            for entry in entries
+        )
+
+    def _beside(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """The entries of the other releases of the run; of a damaged file none, which only its own release needs."""
+        for path in self.path.parent.parent.glob(f"*-release/{self.path.name}"):
+            if path != self.path:
+                with contextlib.suppress(OSError, json.JSONDecodeError):
+                    yield json.loads(path.read_text())
 
     def intend(self, repo: str, branch: str, files: Digests) -> None:
         entry = self._entries.setdefault(self.key(repo, branch), {})

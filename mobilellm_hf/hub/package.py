@@ -10,13 +10,14 @@ Weights stay where they are. Nothing here touches the network.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from mobilellm_hf.export.requirements import INSTALL
 from mobilellm_hf.hub.blocks import Record, code_blocks, run_block, staged_hub, weights_of
 from mobilellm_hf.hub.cards import (
     Picture,
@@ -28,11 +29,12 @@ from mobilellm_hf.hub.cards import (
 )
 from mobilellm_hf.hub.contents import find_pictures, run_files, twin_files
 from mobilellm_hf.hub.facts import ModelFacts
-from mobilellm_hf.hub.files import CARD, INDEX, WEIGHTS, ReleaseFile, files_table, model_files
+from mobilellm_hf.hub.files import CARD, ReleaseFile, files_table, model_files
 from mobilellm_hf.hub.leaks import scan
 from mobilellm_hf.hub.ledger import LEDGER, Ledger
-from mobilellm_hf.hub.sources import SourceFacts, is_hub_id
-from mobilellm_hf.hub.stages import TEMPLATES, TITLES, Target
+from mobilellm_hf.hub.programs import Program
+from mobilellm_hf.hub.sources import SourceFacts, is_hub_id, without_places
+from mobilellm_hf.hub.stages import ON_DEVICE, TEMPLATES, TITLES, Target
 from mobilellm_hf.workspace import write_whole
 
 RECORD = "verification.json"
@@ -49,6 +51,7 @@ class Release:
         notes: what a person should know before it is sent.
         licenses: of the data, by source.
         folder: where it is looked at, and what remembers what was sent from here.
+        summary: what a collection says of it.
     """
 
     target: Target
@@ -57,6 +60,7 @@ class Release:
     left_out: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     licenses: dict[str, str] = field(default_factory=dict)
+    summary: str | None = None
 
     @property
     def card(self) -> str:
@@ -89,7 +93,7 @@ class Release:
                 f"this must not be published:\n{lines}\nRemove it; or, if it is none, name the file under accept"
             )
 
-    def rehearse(self, say=lambda note: None) -> Record:
+    def rehearse(self, say: Callable[[str], object] = lambda name: None) -> Record:
         """Runs the card's blocks on these files as if they had been downloaded, and remembers which were run.
 
         Those that were run before with the same code and weights are not run again.
@@ -133,55 +137,64 @@ def package_model(
     Args:
         folder: of the model and its tokenizer, in the folder of its run.
         evaluation: what `recipes/evaluate.py` left.
-        pte: a program for ExecuTorch. Of the stage on-device it takes the place of the weights.
+        pte: what `recipes/export.py` made of the model, the folder or the .pte in it. Of the stage on-device it takes
+            the place of the weights.
         llama4: whether `llama4_text/` is in it.
         license: of the weights, as the Hub calls it; none is not written into the card.
-        base_model: Hub id; by default that of the settings, or where the stage before was released from here.
-        staging: where it is looked at; by default beside the model.
+        base_model: Hub id; by default that of the settings, or where the stage before was released from here; of the
+            stage on-device, where the model was.
+        staging: where it is looked at; by default beside the model, or beside the program that takes its place.
 
     Raises:
         ValueError: a folder is not whole, or an option does not fit the stage; the message names it.
     """
     folder = Path(folder)
     files, left_out = model_files(folder)
-    facts = ModelFacts(folder, evaluation)
-    on_device = target.stage == "on-device"
-    _check_pte(pte, on_device, llama4)
-    if on_device:
-        files = [file for file in files if not file.path.endswith((WEIGHTS, ".py")) and file.path != INDEX]
+    program = _program(pte, folder, target, llama4)
+    alone = program is not None and target.stage == ON_DEVICE
+    facts = ModelFacts(folder, evaluation, program if alone else None)
+    if alone:
+        files, left_out = [], {}
     if llama4:
         files += twin_files(folder, files)
-    program = ReleaseFile(pte.name, pte) if pte else None
-    files += [program] if program else []
+    if program is not None:
+        files += program.files(alone)
     pictures, picture_files = find_pictures(facts, evaluation)
     files += picture_files
-    staging = staging or release_folder(folder)
-    base_model = base_model or _base_model(facts, target)
-    context = _context(target, facts, pictures, program, llama4, license) | {
-        "card_data": model_metadata(
-            target.repo.split("/")[1], license=license, base_model=base_model,
-            relation=("quantized" if on_device else "finetune") if base_model else None,
-            datasets=sorted({source.hub_id for source in facts.data or () if source.hub_id}),
-            tags=["mobilellm", *(["executorch"] if program else [])], model_index=facts.model_index,
-            library="executorch" if on_device else "transformers",
-        ).to_yaml()
-    }  # fmt: skip
+    staging = staging or release_folder(program.folder if alone else folder)
+    context = _context(target, facts, pictures, program, llama4, license)
+    context["card_data"] = _metadata(target, facts, program, license, base_model)
     files += run_files(facts, evaluation)
     files = with_card(TEMPLATES[target.stage], context, files, staging / RECORD)
-    return Release(target, files, staging, left_out, tuple(_notes(facts, license)), licenses_of(facts.data or ()))
+    notes = _notes(facts, license, target.stage == ON_DEVICE and "base_model" not in context["card_data"])
+    summary = f"{facts.parameters:,} parameters"
+    return Release(target, files, staging, left_out, tuple(notes), licenses_of(facts.licensed), summary)
+
+
+def _program(pte: Path | None, model: Path, target: Target, llama4: bool) -> Program | None:
+    if target.stage == ON_DEVICE and pte is None:
+        raise ValueError(f"stage={ON_DEVICE} releases a program: give pte, the folder that recipes/export.py wrote")
+    if target.stage == ON_DEVICE and llama4:
+        raise ValueError(f"stage={ON_DEVICE} releases no weights: leave out llama4")
+    return Program(pte, model) if pte is not None else None
+
+
+def _metadata(
+    target: Target, facts: ModelFacts, program: Program | None, license: str | None, base_model: str | None
+) -> str:
+    alone = target.stage == ON_DEVICE
+    base_model = base_model or _base_model(facts, target)
+    return model_metadata(
+        target.repo.split("/")[1], license=license, base_model=base_model,
+        relation=("quantized" if alone else "finetune") if base_model else None,
+        datasets=sorted({source.hub_id for source in facts.data or () if source.hub_id}),
+        tags=["mobilellm", *(["executorch"] if program else [])], model_index=facts.model_index,
+        library="executorch" if alone else "transformers",
+    ).to_yaml()  # fmt: skip
 
 
 def licenses_of(sources: Sequence[SourceFacts]) -> dict[str, str]:
     return {source.name: source.license or "not known" for source in sources}
-
-
-def _check_pte(pte: Path | None, on_device: bool, llama4: bool) -> None:
-    if on_device and pte is None:
-        raise ValueError("stage=on-device releases a program: give pte, the file that recipes/export.py wrote")
-    if on_device and llama4:
-        raise ValueError("stage=on-device releases no weights: leave out llama4")
-    if pte is not None and (not pte.is_file() or pte.suffix != ".pte"):
-        raise ValueError(f"pte={pte} is no .pte file")
 
 
 def with_card(
@@ -202,33 +215,45 @@ def _context(
     target: Target,
     facts: ModelFacts,
     pictures: list[Picture],
-    program: ReleaseFile | None,
+    program: Program | None,
     llama4: bool,
     license: str | None,
 ) -> dict[str, Any]:
-    own = facts.folder / CARD
-    description = description_of(own.read_text(), pictures) if own.exists() else ""
+    shape = architecture(facts.config, facts.parameters)
+    if target.stage == ON_DEVICE:
+        shape.pop("weights saved as", None)  # which is what was exported, and not as what
+    description = own_description(facts.folder, pictures)
     name = target.repo.split("/")[1]
+    longest = NEW_TOKENS[facts.has_chat_template]
     context_length = facts.config["max_position_embeddings"]
+    program_context = program.report["context"] if program else context_length
     return {
         "target": target,
         "name": name,
         "title": name if target.branch == "main" else target.branch,
         "stage_title": TITLES[target.stage],
         "facts": facts,
-        "architecture": architecture(facts.config, facts.parameters),
+        "architecture": shape,
         "description": description,
         "pictures": [picture for picture in pictures if f"]({picture.path})" not in description],
-        "pte": program,
+        "program": program.facts if program else None,
+        "program_new_tokens": min(longest, program_context // 2),
+        "executorch": INSTALL,
         "twin": llama4,
         "license": license,
-        "new_tokens": min(NEW_TOKENS[facts.has_chat_template], context_length // 2),
-        "limits": list(_limits(facts)),
+        "new_tokens": min(longest, context_length // 2),
+        "limits": list(_limits(facts, program_context if target.stage == ON_DEVICE else context_length)),
     }
 
 
-def _limits(facts: ModelFacts):
-    yield f"Its context is {facts.config['max_position_embeddings']:,} tokens, those that it generates included."
+def own_description(folder: Path, pictures: Sequence[Picture] = ()) -> str:
+    """What the README.md of a model or a data set says of it, without paths of this machine."""
+    own = folder / CARD
+    return without_places(description_of(own.read_text(), pictures)) if own.exists() else ""
+
+
+def _limits(facts: ModelFacts, context_length: int) -> Iterator[str]:
+    yield f"Its context is {context_length:,} tokens, those that it generates included."
     if facts.evaluation is None:
         yield "No benchmark was run on it."
     for result in facts.evaluation or ():
@@ -237,20 +262,29 @@ def _limits(facts: ModelFacts):
 
 
 def _base_model(facts: ModelFacts, target: Target) -> str | None:
-    """The model of the stage before by its Hub id, if it has one that is not this repository."""
-    named = (facts.settings or {}).get("model")
-    if named is None:
-        return None
-    found = named if is_hub_id(named) else Ledger(release_folder(Path(named)) / LEDGER).last_repo()
+    """The Hub id of the stage before or, of a program, of the model itself; None if it has none but this one."""
+    if target.stage == ON_DEVICE:
+        found = _released_to(facts.folder)
+    else:
+        named = (facts.settings or {}).get("model")
+        found = named if named is None or is_hub_id(named) else _released_to(Path(named))
     return found if found != target.repo else None
 
 
-def _notes(facts: ModelFacts, license: str | None):
+def _released_to(folder: Path) -> str | None:
+    return Ledger(release_folder(folder) / LEDGER).last_repo()
+
+
+def _notes(facts: ModelFacts, license: str | None, base_is_missing: bool) -> Iterator[str]:
     if license is None:
         yield "no licence is named (license): nobody else may use the weights"
+    if base_is_missing:
+        yield "the card does not say what it was exported from: release that first, or name it (base_model)"
     if facts.data is None:
         yield "no file of the run says what it read: the card has no table of training data"
-    elif facts.licenses_unknown:
+    if facts.licenses_unknown:
         yield f"the licences of {', '.join(facts.licenses_unknown)} are not known: look before you publish"
+    if facts.teacher is not None:
+        yield f"it learnt from {facts.teacher}: see whether that model's licence says what others may be called"
     if facts.evaluation is None:
         yield "without evaluation the card has no results of benchmarks"

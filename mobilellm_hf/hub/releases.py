@@ -82,7 +82,7 @@ def publish(
     Raises:
         MovedBranchError: the branch is at a commit that was not made from here.
         ValueError: `private`, and the repository is public.
-        HTTPError, RuntimeError, JSONDecodeError: what stayed wrong after the last attempt, or will not pass.
+        HTTPError, JSONDecodeError: what stayed wrong after the last attempt, or will not pass.
     """
     api = api or HfApi()
     ledger = Ledger(release.folder / LEDGER, api.endpoint)
@@ -90,10 +90,11 @@ def publish(
         try:
             return _publish_once(api, release, ledger, private, replace, tag)
         except FAILURES as error:
-            seconds = _seconds_to_wait(error, attempt)
+            cause = _cause(error)
+            seconds = _seconds_to_wait(cause, attempt)
             if seconds is None or attempt == attempts - 1:
-                raise
-            logger.warning("%s; trying again in %.0f s", _in_a_line(error), seconds)
+                raise cause  # noqa: B904
+            logger.warning("%s; trying again in %.0f s", _in_a_line(cause), seconds)
             wait(seconds)
     raise ValueError(f"attempts={attempts} must be 1 or more")
 
@@ -166,23 +167,26 @@ def _tag(api: HfApi, target: Target, commit: str, given: str | None) -> str:
     return name
 
 
+def _cause(error: Exception) -> Exception:
+    """What went wrong in an upload, which is done in a thread and raises a RuntimeError from it."""
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
 def _seconds_to_wait(error: Exception, attempt: int) -> float | None:
     """How long to wait before another attempt; None if it would fail again."""
-    cause = error
-    while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # of an upload in a thread
-        cause = cause.__cause__
-    if isinstance(cause, HfHubHTTPError):
-        status = cause.response.status_code
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
         if status == STALE_PARENT:
             return 0.0  # the next attempt looks at the branch again
         if status not in PASSING:
             return None
-        asked = cause.response.headers.get("Retry-After", "")
+        asked = error.response.headers.get("Retry-After", "")
         return min(LONGEST_WAIT, float(asked)) if asked.isdecimal() else 2.0**attempt
-    return 2.0**attempt if isinstance(cause, HTTPError | json.JSONDecodeError) else None
+    return 2.0**attempt if isinstance(error, HTTPError | json.JSONDecodeError) else None
 
 
 def _in_a_line(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(cause).__name__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from mobilellm_hf.data.catalog_sources import SOURCES
@@ -14,6 +14,17 @@ from mobilellm_hf.data.embedded_sources import SOURCES as EMBEDDED
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ABSOLUTE = re.compile(r"(?<![\w./~-])~?/(?:[^\s,;/]+/)+([^\s,;/]+)/?")
 FILE = re.compile(r"\.(jsonl?|parquet|arrow|csv|txt|md|py|yaml|gz|zst)$")
+# Where a path in a text says who works here, and where.
+ROOTS = (
+    "home root Users mnt media data tmp work workspace scratch var opt srv private gpfs lustre nfs fsx content kaggle "
+    "shared projects volumes storage"
+).split()
+# None begins inside a word, an address or a path; but the n of an escaped line break, as JSON has it, is no word.
+PLACE = (
+    r"(?:file://|(?<=\\[ntr])|(?<![\w./~-]))"
+    rf"(?:/(?:{'|'.join(ROOTS)})/[\w.@+-]+|~/[\w.@+-]+|[A-Z]:\\{{1,2}}[\w.]+)"
+)
+WHOLE_PLACE = re.compile(PLACE + r"""[^\s"'`<>()\[\]{},;|]*""")
 BY_RULES = "made by rules"
 OF_ITS_PACKAGES = "those of the Python packages it is read from"
 
@@ -71,8 +82,20 @@ def public_settings(value: Any) -> Any:
         return {name: public_settings(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [public_settings(inner) for inner in value]
-    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
-        return Path(value).name
-    if isinstance(value, str) and "://" not in value:
-        return ABSOLUTE.sub(r"\1", value)
-    return value
+    if not isinstance(value, str):
+        return value
+    if PureWindowsPath(value).drive:
+        return PureWindowsPath(value).name
+    path = value.removeprefix("file://")
+    if path.startswith("~") or Path(path).is_absolute():
+        return Path(path).name
+    return value if "://" in value else ABSOLUTE.sub(r"\1", value)
+
+
+def without_places(text: str) -> str:
+    """A text with each path of a machine's user shown by its name alone."""
+    return WHOLE_PLACE.sub(lambda match: re.split(r"[/\\]+", match[0].rstrip("/\\"))[-1], text)
+
+
+def unknown_licenses(sources: Iterable[SourceFacts]) -> list[str]:
+    return [source.name for source in sources if source.license in (None, "unknown")]

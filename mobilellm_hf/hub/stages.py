@@ -22,12 +22,14 @@ from mobilellm_hf.training.sft_arguments import SFT_STAGES
 
 MAIN = "main"
 # Stages that are the `main` of their repository.
-FINAL = ("midtrain", "reasoning", "on-device", "quickstart")
-SUFFIXES = BASE_STAGES | SFT_STAGES | {"grpo": "-grpo", "on-device": "", "quickstart": ""}
+ON_DEVICE = "on-device"
+FINAL = ("midtrain", "reasoning", ON_DEVICE, "quickstart")
+SUFFIXES = BASE_STAGES | SFT_STAGES | {"grpo": "-grpo", ON_DEVICE: "", "quickstart": ""}
+TAG = re.compile(r"(.+)-(?:v|step-)\d+(?:-\d+)?")
 TEMPLATES = (
     dict.fromkeys((*BASE_STAGES, "quickstart"), "model_base.md")
     | dict.fromkeys((*SFT_STAGES, "grpo"), "model_reasoning.md")
-    | {"on-device": "model_on_device.md"}
+    | {ON_DEVICE: "model_on_device.md"}
 )
 TITLES = {
     "pretrain-stage1": "first phase of pre-training",
@@ -37,7 +39,7 @@ TITLES = {
     "general": "general SFT",
     "reasoning": "reasoning SFT",
     "grpo": "GRPO",
-    "on-device": "for ExecuTorch",
+    ON_DEVICE: "for ExecuTorch",
     "quickstart": "trained by the quickstart",
 }
 
@@ -81,9 +83,10 @@ class Target:
 
 
 def parse_target(text: str) -> tuple[str, str, str | None]:
-    """`org/name@stage`, `org/name@branch` or `org/name` -> repository, branch and, if it is said, the stage."""
+    """`org/name@stage`, @branch, @tag, or `org/name` -> repository, revision and, if it is said, the stage."""
     repo, _, revision = text.partition("@")
     if revision in SUFFIXES:
         return repo, Target(repo, revision).branch, revision
     Target(repo, "midtrain")  # whose check of the name is wanted
-    return repo, revision or MAIN, None
+    of_tag = TAG.fullmatch(revision)
+    return repo, revision or MAIN, of_tag[1] if of_tag and of_tag[1] in SUFFIXES else None

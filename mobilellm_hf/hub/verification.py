@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import snapshot_download
+from rich.markup import escape
 from rich.table import Table
 
 from mobilellm_hf.hub.blocks import (
@@ -72,52 +73,58 @@ class Report:
     def table(self) -> Table:
         table = Table("what", "seen", title=f"Commit {self.commit}")
         for what, seen in self.checks.items():
-            table.add_row(what, f"[red]{seen}[/red]" if f"{what}: {seen}" in self.problems else seen)
+            shown = escape(seen)
+            table.add_row(escape(what), f"[red]{shown}[/red]" if f"{what}: {seen}" in self.problems else shown)
         return table
 
 
 def verify(
     repo: str,
-    branch: str,
+    revision: str,
     release: Release | None = None,
     model: Path | None = None,
     *,
+    branch: str | None = None,
     repo_type: str = "model",
     say: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Downloads and tries a branch.
+    """Downloads and tries a branch, or the commit of a tag.
 
     Args:
         release: what it should hold; without one, hashes are not compared and nothing is noted.
         model: the local folder whose logits it should have.
+        branch: the one that the card's code names, if the revision is another name; its blocks find this commit there.
         say: told what is being looked at.
 
     Raises:
-        HTTPError: the Hub does not answer, or has no such branch.
+        HTTPError: the Hub does not answer, or has no such revision.
     """
     with TemporaryDirectory() as home:
         say("download")
-        folder = Path(snapshot_download(repo, repo_type=repo_type, revision=branch, cache_dir=Path(home, "hub")))
+        folder = Path(snapshot_download(repo, repo_type=repo_type, revision=revision, cache_dir=Path(home, "hub")))
         report = Report(folder.name)
         files = [
             ReleaseFile(str(path.relative_to(folder)), path) for path in sorted(folder.rglob("*")) if path.is_file()
         ]
         files = [file for file in files if file.path != ATTRIBUTES]
         if release is not None:
-            _compare_files(report, files, _as_sent(release, repo, branch))
-        environment = clean_environment(Path(home), offline=True)
+            _compare_files(report, files, _as_sent(release))
+        if branch not in (None, revision):
+            reference = folder.parents[1] / "refs" / branch
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(folder.name)
+        # A data set's blocks ask the Hub what there is, and the cache alone cannot say; they run no code of others.
+        environment = clean_environment(Path(home), offline=repo_type == "model")
         if repo_type == "model" and any(file.path.endswith(WEIGHTS) for file in files):
             _compare_logits(report, folder, model, environment, say)
-        # A data set's blocks ask the Hub what there is, and the cache alone cannot say.
-        environment |= {"HF_HUB_OFFLINE": str(int(repo_type == "model"))}
         _run_blocks(report, files, release, environment, say)
     return report
 
 
-def _as_sent(release: Release, repo: str, branch: str) -> dict[str, str]:
+def _as_sent(release: Release) -> dict[str, str]:
     """path -> SHA-256; of the card and the record, which tell of later verifications too, as they were last sent."""
     now = {file.path: file.digests[0] for file in release.files}
-    sent = Ledger(release.folder / LEDGER).released(repo, branch)
+    sent = Ledger(release.folder / LEDGER).released(release.target.repo, release.target.branch)
     then = {path: sent[path][0] for path in (CARD, RECORD) if path in sent}
     return {path: name for path, name in now.items() if not sent or path not in (CARD, RECORD)} | then
 
@@ -125,8 +132,11 @@ def _as_sent(release: Release, repo: str, branch: str) -> dict[str, str]:
 def _compare_files(report: Report, found: list[ReleaseFile], here: dict[str, str]) -> None:
     there = {file.path: file.digests[0] for file in found}
     wrong = sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
-    shown = f"{len(here)} files, SHA-256 equal" if not wrong else f"differ: {', '.join(wrong)}"
-    report.add("files", shown, not wrong)
+    shown = [
+        path + (" (only here)" if path not in there else " (only on the Hub)" if path not in here else "")
+        for path in wrong
+    ]
+    report.add("files", f"differ: {', '.join(shown)}" if wrong else f"{len(here)} files, SHA-256 equal", not wrong)
 
 
 def _compare_logits(

@@ -24,13 +24,14 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOTrainer
 
@@ -96,11 +97,13 @@ def run_grpo(
     training: GRPOTrainingArguments,
     console: Console,
     progress: StageProgress | StagesWithin | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> GRPOResult:
     """Trains a model on its rewards, or takes it up where it was interrupted.
 
     Args:
         progress: where its stages are shown; by default on the console.
+        callbacks: beside those of the arguments, which see an event first.
 
     Raises:
         ValueError: the arguments do not fit each other, the data or the folder; the message names the field.
@@ -114,7 +117,7 @@ def run_grpo(
             tokenizer, config = load_tokenizer_and_config(args)
             prompts, counts = build_prompts(workspace, args, training, tokenizer, config, stage)
         with progress.stage("training") as stage:
-            trainer = train(workspace, args, training, config, tokenizer, prompts, rewards, stage)
+            trainer = train(workspace, args, training, config, tokenizer, prompts, rewards, stage, callbacks)
         with progress.stage("results"):
             result = write_results(workspace, args, trainer, rewards, counts)
     _show(console, result)
@@ -184,6 +187,7 @@ def train(
     prompts: DatasetDict,
     rewards: JointRewards,
     stage: Stage,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> GRPOTrainer:
     with PartialState().main_process_first():  # the others find it clean
         last = workspace.last_checkpoint(".")
@@ -194,7 +198,8 @@ def train(
     # TRL asks for it by the name that transformers 6 will not have.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     trainer = GRPOTrainer(model, rewards.columns(), given, train_dataset=rows, processing_class=tokenizer)
-    add_before_trackers(trainer, *_watching(args, training, trainer, prompts.get("held_out"), rewards.given))
+    watching = _watching(args, training, trainer, prompts.get("held_out"), rewards.given)
+    add_before_trackers(trainer, *watching, *callbacks)
     trainer.add_callback(RewardProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
     with explained_write_errors(workspace):

@@ -25,6 +25,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
@@ -78,11 +79,13 @@ def run_sft(
     training: SFTTrainingArguments,
     console: Console,
     progress: StageProgress | StagesWithin | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTResult:
     """Fine-tunes a model, or takes it up where it was interrupted.
 
     Args:
         progress: where its stages are shown; by default on the console.
+        callbacks: beside those of the arguments, which see an event first.
 
     Raises:
         ValueError: the arguments do not fit each other, the data or the folder; the message names the field.
@@ -96,7 +99,7 @@ def run_sft(
             rows, probes, report = build_rows(workspace, args, training, tokenizer, config, stage)
             mixed = mix(rows, args, training)
         with progress.stage("training") as stage:
-            trainer = train(workspace, args, training, config, tokenizer, mixed, probes, stage)
+            trainer = train(workspace, args, training, config, tokenizer, mixed, probes, stage, callbacks)
         with progress.stage("results"):
             result = write_results(workspace, args, trainer, mixed, report)
     _show(console, result)
@@ -131,6 +134,7 @@ def train(
     rows: Dataset | IterableDataset,
     probes: dict[str, Dataset],
     stage: Stage,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> SFTTrainer:
     with PartialState().main_process_first():  # the others find it clean
         last = workspace.last_checkpoint(".")
@@ -143,7 +147,7 @@ def train(
         processing_class=tokenizer,
         peft_config=_peft_config(args),
     )
-    add_before_trackers(trainer, *_watching(args, training, trainer, probes))
+    add_before_trackers(trainer, *_watching(args, training, trainer, probes), *callbacks)
     trainer.add_callback(StageProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
     with explained_write_errors(workspace):

@@ -66,35 +66,45 @@ def collect(collection: str, repo: str, token: str) -> str:
     return add_to_collection(HfApi(token=token), collection, repo, note="28,832 parameters")
 
 
-def check(folder: str, repo: str, stage: str, token: str, llama4: bool = False, blocks: bool = True) -> dict:
-    """Verifies what `release` has released, with logits of the local folder."""
+def check(
+    folder: str, repo: str, stage: str, token: str, llama4: bool = False, blocks: bool = True, tag: str | None = None
+) -> dict:
+    """Verifies what `release` has released, by its branch or by a tag, with logits of the local folder."""
     os.environ["HF_TOKEN"] = token
     target = Target(repo, stage)
     found = package_model(Path(folder), target, llama4=llama4)
     if not blocks:
         verification.code_blocks = lambda card: {}
     try:
-        return asdict(verification.verify(repo, target.branch, found, Path(folder)))
+        return asdict(verification.verify(repo, tag or target.branch, found, Path(folder), branch=target.branch))
     finally:
         verification.code_blocks = code_blocks
         del os.environ["HF_TOKEN"]
 
 
-def train(folder: str, output: str, repo: str, token: str, steps: int = 6, **options) -> dict:
-    """Trains the model of a folder for some steps, saves every second one, and releases while it does."""
+def train(
+    folder: str, output: str, repo: str, token: str, steps: int = 6, resume: bool = False, tokenizer=None, **options
+) -> dict:
+    """Trains the model of a folder for some steps, saves every second one, and releases while it does.
+
+    Args:
+        tokenizer: a folder for the callback; the Trainer is given none then.
+    """
     model = MobileLLMForCausalLM.from_pretrained(folder)
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 8, "labels": [[5, 6, 7, 8]] * 8})
     arguments = TrainingArguments(
         output, max_steps=steps, save_steps=2, save_total_limit=1, per_device_train_batch_size=2, report_to="none",
         use_cpu=True, disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
-    callback = ReleaseCallback(repo, "pretrain", api=HfApi(token=token), last_wait=60, **options)
-    pauses = PauseCallback(callback)
-    trainer = Trainer(
-        model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[callback, pauses],
+    callback = ReleaseCallback(
+        repo, "pretrain", api=HfApi(token=token), last_wait=60, tokenizer=tokenizer, **options
     )  # fmt: skip
-    trainer.train()
+    pauses = PauseCallback(callback)
+    processing = None if tokenizer else AutoTokenizer.from_pretrained(folder)
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, processing_class=processing, callbacks=[callback, pauses],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
     saved, waiting = (
         sorted(path.name for path in folder.glob("checkpoint-*")) for folder in (Path(output), Path(output) / FOLDER)
     )
@@ -114,7 +124,8 @@ class PauseCallback(TrainerCallback):
         self.at_begin = list(self.callback.released)
 
     def on_save(self, args, state, control, **kwargs):
-        self.callback._thread.join(60)
+        if self.callback._thread is not None:
+            self.callback._thread.join(60)
 
 
 def callback_without_tokenizer(folder: str, output: str, token: str) -> None:

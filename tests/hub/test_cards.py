@@ -1,6 +1,5 @@
 """Cards: what they say is what files say. Files are changed and taken away one by one, and the card follows."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from mobilellm_hf.hub import Target, package_model
 from mobilellm_hf.hub.blocks import Record, code_blocks, weights_of
-from mobilellm_hf.hub.cards import description_of, metadata_of, render, templates_folder, to_html
+from mobilellm_hf.hub.cards import description_of, render, templates_folder, to_html
 from mobilellm_hf.hub.stages import SUFFIXES
 
 REPO, STAGE = "org/tiny-base", "midtrain-stage1"
@@ -53,9 +52,11 @@ def test_a_whole_run_has_all_sections(model, evaluated):
     assert "| teacher | meta-llama/Llama-3.1-8B-Instruct |" in card and "| temperature | 1.25 |" in card
     assert "| samples of positive influence in the last round | 77.7% |" in card
     assert "| gsm8k_8shot | exact_match | 16.37 | 1.02 | 1,319 | 1 | openai/gsm8k@e53f" in card
+    assert "| humaneval | pass@1 | 44.72\\* |" in card and "\n\\* not the whole benchmark: " in card
+    assert "learnt from [meta-llama/Llama-3.1-8B-Instruct]" in card
     assert "| MobileLLM-R1-140M-base | 4.6 | 16.3 | 5.4 | 15.9 | 44.3 |" in card and "not measured here" in card
     assert "Of humaneval 29 documents were asked, not all." in card
-    assert "apache-2.0." in card and "not known are those of notes, texts" in card
+    assert "apache-2.0." in card and "Not known are those of notes, texts." in card
 
 
 def test_metadata_are_what_the_hub_reads(model, evaluated):
@@ -66,7 +67,7 @@ def test_metadata_are_what_the_hub_reads(model, evaluated):
     (result,) = data.eval_results
     assert (result.dataset_type, result.metric_value, result.dataset_revision) == ("openai/gsm8k", 16.37, "e53f" * 10)
     assert data.model_name == "tiny-base"
-    assert metadata_of(card_of(model)).keys() == {
+    assert ModelCard(card_of(model)).data.to_dict().keys() == {
         "library_name", "pipeline_tag", "tags", "base_model", "base_model_relation", "datasets"
     }  # fmt: skip
 
@@ -109,7 +110,7 @@ def test_without_any_file_of_the_run_only_the_model_speaks(model):
     card = card_of(model)
     assert sections(card) == ["Use", "Model", "Limits", "Licence", "Citation"]
     config = json.loads((model / "config.json").read_text())
-    known = {f"{value:,}" for value in config.values() if type(value) is int} | {"25,120", "1e+06", "36", "1"}
+    known = {f"{value:,}" for value in config.values() if type(value) is int} | {"25,120", "1,000,000", "36", "1"}
     assert set(numbers(card)) <= known | {"2509.24945"}, set(numbers(card)) - known
     assert "No benchmark was run on it." in card and "without one, nobody else may use these weights" in card
 
@@ -130,7 +131,7 @@ def test_every_number_of_a_card_follows_its_file(model, evaluated):
     shutil.rmtree(evaluated)
     after = set(numbers(card_of(model)))
     config = json.loads((model / "config.json").read_text())
-    of_the_model = {f"{value:,}" for value in config.values() if type(value) is int} | {"25,120", "1e+06"}
+    of_the_model = {f"{value:,}" for value in config.values() if type(value) is int} | {"25,120", "1,000,000"}
     assert before & after <= of_the_model | {"2509.24945"}, before & after - of_the_model
 
 
@@ -219,24 +220,6 @@ def test_a_chat_template_is_used(model):
     assert "apply_chat_template" in card and "temperature=0.6, top_p=0.95" in card and "max_new_tokens=36" in card
 
 
-def test_a_program_for_executorch_has_its_card(model, tmp_path):
-    (tmp_path / "tiny.pte").write_bytes(b"\0" * 1000)
-    release = package_model(model, Target("org/tiny-executorch", "on-device"), pte=tmp_path / "tiny.pte")
-    paths = {file.path for file in release.files}
-    assert "tiny.pte" in paths and not any(path.endswith((".safetensors", ".py")) for path in paths)
-    assert "OnDeviceModel" in release.card and "trust_remote_code" not in release.card
-    assert ModelCard(release.card).data.library_name == "executorch"
-    assert code_blocks(release.card)["executorch"].obstacle().endswith("is not installed") == (not has_executorch())
-    with pytest.raises(ValueError, match="give pte"):
-        package_model(model, Target("org/x", "on-device"))
-    with pytest.raises(ValueError, match="is no .pte file"):
-        package_model(model, Target("org/x", "pretrain"), pte=tmp_path / "none.pte")
-
-
-def has_executorch() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("executorch", "mobilellm_hf.export"))
-
-
 def test_a_description_of_the_users_own_is_taken_up(model):
     (model / "README.md").write_text(
         "---\nlicense: mit\n---\n\n# Mine\n\nIt likes tea.\n\n## How\n\n```\n# no title\n```\n"
@@ -247,6 +230,32 @@ def test_a_description_of_the_users_own_is_taken_up(model):
     card = card_of(model)
     assert card.count("pictures/training.png") == 1 and "![tea](pictures/training.png)" in card
     assert description_of("# A\n\ntext\n# B") == "text\n## B"
+    assert description_of("a\n\n<!-- of this folder -->\nx\n<!-- end -->\n\nb") == "a\n\nb"
+
+
+def test_paths_of_this_machine_in_a_description_are_shown_by_name(model):
+    """As the settings of a quickstart with --extra-source have them; the release goes on."""
+    (model / "README.md").write_text("- `extra_source`: ['math:/home/me/my/notes.jsonl', 'code:runs/x.py']\n")
+    release = package_model(model, Target(REPO, STAGE))
+    assert "['math:notes.jsonl', 'code:runs/x.py']" in release.card
+    release.refuse_leaks(None)
+
+
+def test_the_data_of_the_stages_before_have_their_licences_too(model, tmp_path):
+    before = tmp_path / "earlier" / "tiny-pretrain"
+    make_model(before)
+    sources = [{"catalog": "open_web_math"}, {"catalog": "gsm8k"}, {"name": "/home/me/early.jsonl"}]
+    (before.parent / "settings.json").write_text(json.dumps({"stage": "pretrain", "sources": sources}))
+    drawn = dict.fromkeys(("open_web_math", "gsm8k", "early"), DRAWN["notes"])
+    (before.parent / "mixture.yaml").write_text(yaml.safe_dump({"weights": {}, "drawn": drawn}))
+    (model.parent / "settings.json").write_text(json.dumps(SETTINGS | {"model": str(before)}))
+    release = package_model(model, Target(REPO, STAGE))
+    licences = release.card.split("## Licence")[1]
+    assert "| gsm8k | [openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k) | mit |" in licences
+    assert "open_web_math" not in licences and "Not known are those of notes, texts, early." in licences
+    assert len(re.findall(r"^\| source \|", release.card, re.M)) == 2
+    assert release.licenses["gsm8k"] == "mit" and release.licenses["early"] == "not known"
+    assert ModelCard(release.card).data.datasets == ["open-web-math/open-web-math", "org-a/texts"]
 
 
 def test_a_stale_record_is_not_believed(model):

@@ -48,6 +48,13 @@ def test_each_kind_is_found_with_its_line_and_not_repeated(what):
     assert str(finding) == f"notes.txt:3: {what}" and secret not in str(finding)
 
 
+@pytest.mark.parametrize("prefix", ["hf_jwt_", "hf_oauth__"])
+def test_tokens_of_other_kinds_are_found(prefix):
+    assert kinds("notes.txt", f"{prefix}eyJ{random_text(20)}.{random_text(30)}".encode()) == {
+        "a Hugging Face token": 1
+    }
+
+
 def test_an_escaped_line_break_hides_nothing():
     assert kinds("config.json", json.dumps({"a": f"key:\n{TOKEN}"}).encode()) == {"a Hugging Face token": 1}
 
@@ -61,12 +68,22 @@ def test_what_is_none_is_let_be(text):
     assert kinds("config.json", text.encode()) == {}
 
 
-@pytest.mark.parametrize("path", ["/home/me/runs", "/Users/me/x", "/mnt/data/x", "~/m/x", "C:\\Users", "math:/tmp/x"])
+@pytest.mark.parametrize("path", [
+    "/home/me/runs", "/Users/me/x", "/mnt/data/x", "~/m/x", "C:\\Users", "C:\\\\Users", "math:/tmp/x", "file:///home/me/x",
+    "first\\n/home/me",
+])  # fmt: skip
 def test_paths_of_this_machine_are_found_in_configs_and_cards(path):
     for name in ("config.json", "README.md", "training/settings.yaml", "training/log.jsonl", "tokenizer_config.json"):
         (what,) = kinds(name, f'a\n"_name_or_path": "{path}"'.encode())
         assert what.startswith("a path of this machine, ")
     assert kinds("tokenizer.json", path.encode()) == kinds("modeling.py", path.encode()) == {}
+
+
+def test_the_home_and_the_current_folder_are_found_wherever_they_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/u/alice")
+    assert kinds("config.json", b"/u/alice/runs") == {"a path of this machine, /u/alice...": 1}
+    monkeypatch.setenv("HOME", "/root")
+    assert kinds("config.json", b"/u/alice/runs") == {}
 
 
 def test_the_token_of_the_session_is_found_anywhere_as_it_is():
@@ -92,6 +109,11 @@ def test_every_string_of_a_parquet_file_is_read(tmp_path):
     rows = {"n": [1, 2, 3], "text": ["a", "b", "c"], "chat": [[{"content": "x"}], [{"content": f"is\n{TOKEN}"}], []]}
     pq.write_table(pa.table(rows), tmp_path / "t.parquet", compression="zstd")
     assert kinds("t.parquet", (tmp_path / "t.parquet").read_bytes()) == {"a Hugging Face token": 2}
+    raw = pa.table({"raw": [b"a", b"b", TOKEN.encode()]})
+    pq.write_table(raw, tmp_path / "t.parquet", compression="zstd")
+    assert kinds("t.parquet", (tmp_path / "t.parquet").read_bytes()) == {"a Hugging Face token": 3}
+    pq.write_table(pa.table({"n": [1]}).replace_schema_metadata({"by": TOKEN}), tmp_path / "t.parquet")
+    assert kinds("t.parquet", (tmp_path / "t.parquet").read_bytes()) == {"a Hugging Face token": 1}
 
 
 def test_a_release_with_a_leak_is_refused_until_it_is_accepted(model):

@@ -1,18 +1,21 @@
 """What a release holds, what it leaves out, and what is refused before anything is sent."""
 
+import io
 import json
 import pickle
 
 import pytest
 import torch
 from hub_cases import make_model
-from transformers import AutoTokenizer, Llama4ForCausalLM
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM
 
 from mobilellm_hf import MobileLLMForCausalLM, save_as_llama4_text
 from mobilellm_hf.hub import Target, package_data_set, package_model
 from mobilellm_hf.hub.files import model_files
-from mobilellm_hf.hub.sources import is_hub_id, public_name, public_settings
+from mobilellm_hf.hub.sources import is_hub_id, public_name, public_settings, without_places
 from mobilellm_hf.hub.stages import parse_target
+from mobilellm_hf.hub.verification import Report
 
 TARGET = Target("org/tiny-base", "midtrain-stage1")
 
@@ -31,16 +34,41 @@ def shorten(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def shard(model, *names):
+    """The weights under the first name, and an index that names all."""
+    (model / "model.safetensors").rename(model / names[0])
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {name: name for name in names}})
+    )
+
+
+def test_only_weights_that_transformers_loads_are_released_and_counted(model):
+    data = (model / "model.safetensors").read_bytes()
+    for name in ("model-00001-of-00002.safetensors", "adapter_model.safetensors"):
+        (model / name).write_bytes(data)
+    (model / "model.safetensors.index.json").write_text("{}")
+    release = package_model(model, TARGET)
+    assert release.left_out.keys() == {
+        "model-00001-of-00002.safetensors", "adapter_model.safetensors", "model.safetensors.index.json",
+    }  # fmt: skip
+    assert "| parameters | 25,120 |" in release.card and release.summary == "25,120 parameters"
+    shard(model, "model-00001-of-00001.safetensors")
+    paths = {file.path for file in package_model(model, TARGET).files}
+    assert {"model-00001-of-00001.safetensors", "model.safetensors.index.json"} <= paths
+    assert AutoModelForCausalLM.from_pretrained(model).num_parameters() == 25_120  # it finds them, too
+
+
 @pytest.mark.parametrize("spoil, said", [
     (lambda m: (m / "config.json").unlink(), "has no config.json"),
     (lambda m: (m / "config.json").write_text("{"), "config.json is damaged"),
     (lambda m: (m / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama', not mobilellm"),
-    (lambda m: (m / "model.safetensors").unlink(), "has no safetensors: load it"),
+    (lambda m: (m / "model.safetensors").unlink(), "has no model.safetensors: load it"),
     (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "but pytorch_model.bin, a pickle"),
     (lambda m: shorten(m / "model.safetensors"), "damaged or cut short"),
     (lambda m: (m / "modeling_mobilellm.py").unlink(), "modeling_mobilellm.py is missing"),
     (lambda m: (m / "tokenizer.json").unlink(), "has no tokenizer"),
-    (lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'), "not whole"),
+    (lambda m: shard(m, "model-1-of-2.safetensors", "model-2-of-2.safetensors"), "names model-2-of-2.safetensors"),
+    (lambda m: (m.parent / "log.jsonl").write_text('{"step": 1}\n{"st'), "log.jsonl is damaged"),
 ])  # fmt: skip
 def test_a_folder_that_is_not_whole_is_refused(model, spoil, said):
     spoil(model)
@@ -108,10 +136,12 @@ def test_targets_that_cannot_be_are_refused():
         Target("org/name", "pretraining")
     with pytest.raises(ValueError, match="must be org/name"):
         Target("name", "pretrain")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="na me"):
         Target("org/na me", "pretrain")
     assert parse_target("org/name") == ("org/name", "main", None)
     assert parse_target("org/name@v7") == ("org/name", "v7", None)
+    assert parse_target("org/name@pretrain-v12") == ("org/name", "pretrain-v12", "pretrain")
+    assert parse_target("org/name@grpo-step-40-2") == ("org/name", "grpo-step-40-2", "grpo")
 
 
 def test_tags_count_the_releases_of_a_stage():
@@ -128,8 +158,22 @@ def test_names_and_settings_say_nothing_of_this_machine(tmp_path, monkeypatch):
     settings = {"a": "/home/me/x y.jsonl", "b": ["~/y", "runs/z", 3], "c": {"d": "org/name"}}
     assert public_settings(settings) == {"a": "x y.jsonl", "b": ["y", "runs/z", 3], "c": {"d": "org/name"}}
     assert public_settings("math:/home/me/notes.txt") == "math:notes.txt"
+    assert public_settings(["file:///home/me/n.txt", "C:\\Users\\me\\n.txt"]) == ["n.txt", "n.txt"]
+    text = "see (/home/me/a b/c.txt, `~/d/e.py`), file:///tmp/x/y. and C:\\Users\\me\\z"
+    assert without_places(text) == "see (a b/c.txt, `e.py`), y. and z"
     for text in ("https://example.org/a/b", "a and/or b, 1/2, /think", "train[:6%]", "embedded:stdlib,sympy_docs"):
         assert public_settings(text) == text
+
+
+def test_names_with_brackets_are_shown_as_they_are(model):
+    (model / "notes[red].txt").write_text("mine")
+    release = package_model(model, TARGET)
+    release.write_preview()
+    assert "notes[red].txt: left out" in (release.folder / "files.txt").read_text()
+    report = Report("c", {"files [1]": "list[/int]"}, ["files [1]: list[/int]"])
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report.table())
+    assert "files [1]" in console.file.getvalue() and "list[/int]" in console.file.getvalue()
 
 
 def test_folders_that_are_no_data_set_are_refused(tmp_path):
