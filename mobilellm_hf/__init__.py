@@ -4,7 +4,11 @@ Importing the package registers the model with transformers' Auto classes and no
 are imported by the modules that use them.
 """
 
-from .modeling import (
+from .logs import silence_torchao
+
+silence_torchao()  # which transformers imports, too
+
+from .modeling import (  # noqa: E402
     MobileLLMConfig,
     MobileLLMForCausalLM,
     MobileLLMForSequenceClassification,

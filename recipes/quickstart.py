@@ -11,7 +11,8 @@ chosen documents on held-out code, math and knowledge probes, at several of its 
 mixture and one on the uniform mixture, and compared on test files that neither the training nor the scoring has seen.
 The model of the influence mix goes on: in two phases of mid-training it rejects what it finds unhelpful, reweighs the
 sources (equations 5 to 7) and learns from a larger model, which is trained first. The best of the small models is
-fine-tuned on questions and answers, half of which give up, and GRPO makes it answer, by rewarding right answers.
+fine-tuned on questions and answers, half of which give up, and GRPO makes it answer, by rewarding right answers. What
+comes of that is exported for a phone and asked the same.
 
 Every stage leaves a folder that a person can open, and an interrupted run goes on where it stopped. What differs from
 the paper: sizes, and one proxy for all capabilities where the paper trains one a capability.
@@ -45,6 +46,7 @@ from mobilellm_hf.quickstart.data import (
     model_config,
     sample_rows,
 )
+from mobilellm_hf.quickstart.device import device_table, put_on_device
 from mobilellm_hf.quickstart.post_training import fine_tune, reinforce
 from mobilellm_hf.quickstart.settings import PROBES, STUDENT, TEACHER, Settings
 from mobilellm_hf.quickstart.training import Run, midtrain, samples, score_sources, train
@@ -58,7 +60,7 @@ MIXES = ("influence mix", "uniform mix")
 PHASES = ("mid-training 1", "mid-training 2")
 STAGES = (
     "corpus", "judge", "curation", "rows", "proxy model", "influence", *MIXES, "teacher", *PHASES, "fine-tuning",
-    "reinforcement", "report",
+    "reinforcement", "device", "report",
 )  # fmt: skip
 
 
@@ -199,6 +201,8 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
             tuned = fine_tune(workspace, settings, runs[winner], stage)
         with progress.stage("reinforcement") as stage:
             rates = reinforce(workspace, settings, tuned, stage)
+        with progress.stage("device") as stage:
+            on_device = put_on_device(workspace, workspace.folder / "reinforcement" / "model", stage)
         with progress.stage("report"):
             report(workspace, settings, tokenizer, runs, winner, rates)
     final = {name: final_nll(found) for name, found in runs.items()}
@@ -210,6 +214,7 @@ def run(workspace: Workspace, settings: Settings, console: Console) -> None:
     shown = {"before": final[MIXES[0]], **{name: final[name] for name in (*PHASES, "teacher")}}
     console.print(runs_table("Mid-training on the influence mix, held-out NLL", shown))
     console.print(pass_rate_table(rates))
+    console.print(device_table(on_device))
     console.print("One seed: an observation about this text and budget, not evidence for the method.", style="dim")
     folder = workspace.folder / "model"
     console.print(f"The best of the small models ({winner}), with its card, pictures and samples, is in {folder}:",

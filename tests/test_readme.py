@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-NAMES = ("load", "train", "midtrain", "reward", "curate", "score", "sample", "watch", "release")
+# That of the export runs in tests/export, on an exported model.
+NAMES = ("load", "train", "midtrain", "reward", "curate", "score", "sample", "watch", "export", "release")
 BLOCKS = dict(zip(NAMES, re.findall(r"```python\n(.*?)```", README, re.S), strict=True))
 
 
@@ -36,8 +37,8 @@ def run_block(tmp_path_factory):
     return run
 
 
-def test_there_are_nine_uses():
-    assert README.count("```python") == len(BLOCKS) == 9
+def test_there_are_ten_uses():
+    assert README.count("```python") == len(BLOCKS) == 10
 
 
 def test_midtraining_reweighs_the_sources(run_block):

@@ -2,7 +2,7 @@
 
     evaluated = load_model("runs/sft/MobileLLM-R1-140M", batch_size=None)
     evaluated.lm                                # an lm-eval LM: likelihoods, greedy completions
-    evaluated.model, evaluated.tokenizer        # for `sampled_tasks`
+    evaluated.sampler, evaluated.tokenizer      # for `sampled_tasks`
 
 Another kind of model takes part by an `Evaluated` of its own, with an lm-eval `LM`. It says what it answers through
 `lm.cache_hook.add_partial`, as all of lm-eval's models do.
@@ -29,6 +29,7 @@ from transformers.utils import CONFIG_NAME
 
 from mobilellm_hf.curation.scoring import load_named, model_identity
 from mobilellm_hf.data.tokenization import check_tokenizer
+from mobilellm_hf.evaluation.samplers import CompletionSampler, ModelSampler
 
 MOST_ROWS = 64
 # A CPU does likelihoods fastest in batches that its caches hold.
@@ -45,7 +46,7 @@ class Evaluated:
         name: folder or Hub id.
         identity: changes with the weights.
         context: tokens of prompt and completion together.
-        model: that sampled tasks ask; None where there is but an LM, which then does lm-eval's tasks only.
+        sampler: that sampled tasks ask; None where there is but an LM, which then does lm-eval's tasks only.
         settings: what else decides its answers, as JSON.
     """
 
@@ -54,7 +55,7 @@ class Evaluated:
     parameters: int
     context: int
     lm: LM
-    model: PreTrainedModel | None
+    sampler: CompletionSampler | None
     tokenizer: PreTrainedTokenizerBase
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,7 +102,7 @@ def load_model(
         parameters=model.num_parameters(),
         context=model.config.get_text_config(decoder=True).max_position_embeddings,
         lm=make_lm(model, tokenizer, batch_size),
-        model=model,
+        sampler=ModelSampler(model),
         tokenizer=tokenizer,
         settings={"dtype": str(model.dtype).removeprefix("torch.")},
     )

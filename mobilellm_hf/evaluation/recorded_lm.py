@@ -26,7 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.huggingface import HFLM
 
 from mobilellm_hf.evaluation.models import batch_size_for
@@ -278,7 +278,7 @@ def longest_text(lm: LM, questions: Sequence[Question]) -> int:
 
 
 def _truncated(lm: LM, questions: Sequence[Question]) -> int:
-    if not isinstance(lm, HFLM):
+    if not isinstance(lm, TemplateLM):  # others do not tell what they read of a text
         return 0
     rooms = [_room(lm, question) for question in questions]
     if longest_text(lm, questions) <= min(rooms):
@@ -287,7 +287,7 @@ def _truncated(lm: LM, questions: Sequence[Question]) -> int:
     return sum(lengths[question.text] > room for question, room in zip(questions, rooms))
 
 
-def _room(lm: HFLM, question: Question) -> int:
+def _room(lm: TemplateLM, question: Question) -> int:
     """Tokens that a question may have. The last token of a text to rate is not read by the model, only rated."""
     return lm.max_length + 1 if isinstance(question.argument, str) else lm.max_length - question.new_tokens
 

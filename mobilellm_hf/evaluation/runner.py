@@ -67,13 +67,16 @@ class Evaluation:
 
 
 def run_evaluation(
-    args: EvaluationArguments, console: Console, load: Callable[..., Evaluated] = load_model
+    args: EvaluationArguments,
+    console: Console,
+    load: Callable[..., Evaluated] = load_model,
+    find_context: Callable[[str, str | None], int] = load_context,
 ) -> Evaluation | None:
     """Evaluates a model on suites and tasks; None if it was only to show what there is.
 
     Args:
-        load: called as `load_model` is, for another kind of model. The configuration and, unless another is named, the
-            tokenizer are read from `args.model` before.
+        load, find_context: called as `load_model` and `load_context` are, for another kind of model, such as
+            `mobilellm_hf.export.evaluated` has. The tokenizer is read from `args.model`, unless another is named.
 
     Raises:
         ValueError: nothing of it can be run, which is found before the model is loaded; or, at the end, tasks failed.
@@ -84,7 +87,7 @@ def run_evaluation(
     tasks = args.check()
     tokenizer = load_tokenizer(args.tokenizer or args.model, None if args.tokenizer else args.model_revision)
     with PartialState().main_process_first():
-        plan = make_plan(args, tasks, tokenizer, load_context(args.model, args.model_revision))
+        plan = make_plan(args, tasks, tokenizer, find_context(args.model, args.model_revision))
     _tell(plan, console)
     if args.dry_run:
         console.print(plan_table(plan, args.limit, args.samples))
@@ -154,8 +157,8 @@ def _claimed(
         ValueError: the model or the folder is not one for this task.
     """
     if isinstance(planned.task, SampledTask):
-        if evaluated.model is None:
-            raise ValueError(f"completions are sampled from models of transformers, and {evaluated.name} is none")
+        if evaluated.sampler is None:
+            raise ValueError(f"{evaluated.name} has no sampler, which tasks of many samples need")
         return []
     settings = planned.settings(args, own, evaluated.tokenizer)
     return [Workspace(_folder_of(Path(args.output_dir), planned), settings)]
@@ -195,7 +198,7 @@ def _run_task(
     task, folder = planned.task, _folder_of(Path(args.output_dir), planned)
     if isinstance(task, SampledTask):
         result = run_sampled_task(
-            task, evaluated.model, evaluated.tokenizer, folder, stage, documents=planned.source.load(),
+            task, evaluated.sampler, evaluated.tokenizer, folder, stage, documents=planned.source.load(),
             source=planned.source.label, limit=args.limit, samples=args.samples, max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size, seed=args.seed, allow_unconfined=args.allow_unconfined,
         )  # fmt: skip

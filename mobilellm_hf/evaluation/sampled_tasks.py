@@ -1,6 +1,6 @@
 """A task of Table 9: n completions of each prompt, each judged and kept as it comes, to pass@1 and pass@k.
 
-    result = run_sampled_task(TASKS["aime24"], model, tokenizer, folder / "aime24", stage, documents=rows)
+    result = run_sampled_task(TASKS["aime24"], sampler, tokenizer, folder / "aime24", stage, documents=rows)
     result.value, result.stderr                     # pass@1 over 64 samples of each of 30 documents
     read_records(folder / "aime24")                 # every prompt, completion and verdict
 
@@ -25,21 +25,16 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.evaluation.estimates import estimates
 from mobilellm_hf.evaluation.graders import Grader, grader_of
 from mobilellm_hf.evaluation.journal import Journal
 from mobilellm_hf.evaluation.live_code_bench import NO_CODE
 from mobilellm_hf.evaluation.records import Record, Records, load_parts, write_finished
 from mobilellm_hf.evaluation.results import TaskResult
-from mobilellm_hf.evaluation.sampling import (
-    SamplingSettings,
-    eos_token_ids,
-    room_for_completion,
-    sample_completions,
-)
+from mobilellm_hf.evaluation.samplers import CompletionSampler
+from mobilellm_hf.evaluation.sampling import SamplingSettings, room_for_completion
 from mobilellm_hf.evaluation.suites import SampledTask
 from mobilellm_hf.progress import Stage
 from mobilellm_hf.workspace import Workspace
@@ -56,7 +51,7 @@ class _Prompt:
 
 def run_sampled_task(
     task: SampledTask,
-    model: PreTrainedModel,
+    sampler: CompletionSampler,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     stage: Stage,
@@ -91,20 +86,19 @@ def run_sampled_task(
     rows = documents.select(range(min(len(documents), len(documents) if limit is None else limit)))
     _check(task, tokenizer, len(rows), samples)
     settings = SamplingSettings(
-        max_new_tokens or task.max_new_tokens, eos_token_ids(model, tokenizer.eos_token_id), task.temperature,
-        task.top_p, seed,
-    )  # fmt: skip
+        max_new_tokens or task.max_new_tokens, _ends(sampler, tokenizer), task.temperature, task.top_p, seed
+    )
     asked = list(itertools.product(range(len(rows)), range(samples)))
     with _together():
         grader = grader_of(task, rows, allow_unconfined)
-        prompts = _prompts(grader, tokenizer, model, len(rows), settings.max_new_tokens)
-        records = _claim(folder, task, settings, model, prompts)
+        prompts = _prompts(grader, tokenizer, sampler.context, len(rows), settings.max_new_tokens)
+        records = _claim(folder, task, settings, sampler, prompts)
     with _together():  # all have read what this may write anew
         _forget_other_verdicts(records, grader, len(rows), stage)
     missing = [key for key in asked if key not in records.found]
     _show_found(stage, len(asked), len(missing))
     unjudged = [key for key in asked if key in records.found and records.found[key].score is None]
-    new = _completed(task, model, tokenizer, grader, prompts, _own(missing), settings, batch_size, stage)
+    new = _completed(task, sampler, tokenizer, grader, prompts, _own(missing), settings, batch_size, stage)
     seconds = _keep(records, grader, itertools.chain(map(records.found.get, _own(unjudged)), new))
     known = load_parts(folder)
     result = _summed_up(task, [known[key] for key in asked], prompts, settings, samples)
@@ -126,30 +120,35 @@ def _check(task: SampledTask, tokenizer: PreTrainedTokenizerBase, documents: int
         raise ValueError(f"task {task.name}: its {samples} samples would be the same at temperature 0: ask for one")
 
 
+def _ends(sampler: CompletionSampler, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    found = (*sampler.eos_token_ids, tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
 def _prompts(
-    grader: Grader, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, count: int, max_new_tokens: int
+    grader: Grader, tokenizer: PreTrainedTokenizerBase, context: int | None, count: int, max_new_tokens: int
 ) -> list[_Prompt]:
     conversations = [grader.messages(document) for document in range(count)]
     texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     prompts = [
-        _Prompt(text, token_ids, room_for_completion(model, len(token_ids), max_new_tokens))
+        _Prompt(text, token_ids, room_for_completion(context, len(token_ids), max_new_tokens))
         for text, token_ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)
     ]
     if all(prompt.room < 1 for prompt in prompts):
         raise ValueError(
             f"the shortest of {count} prompts has {min(len(prompt.token_ids) for prompt in prompts):,} tokens, and "
-            f"the model's context is {model.config.get_text_config(decoder=True).max_position_embeddings:,}"
+            f"the model's context is {context:,}"
         )
     return prompts
 
 
 def _claim(
-    folder: Path, task: SampledTask, settings: SamplingSettings, model: PreTrainedModel, prompts: Sequence[_Prompt]
+    folder: Path, task: SampledTask, settings: SamplingSettings, sampler: CompletionSampler, prompts: Sequence[_Prompt]
 ) -> Records:
     """What the folder has; one of another run is refused: other settings, another model, or other prompts."""
     names = ("max_new_tokens", "eos_token_ids", "temperature", "top_p", "seed")
     decoding = {name: getattr(settings, name) for name in names}
-    workspace = Workspace(folder, {"task": task.name, "model": model_identity(model), **decoding})
+    workspace = Workspace(folder, {"task": task.name, "model": sampler.identity, **decoding})
     records = Records(folder)
     for (document, _), record in records.found.items():
         if document < len(prompts) and record.prompt != prompts[document].text:
@@ -223,7 +222,7 @@ def _show_found(stage: Stage, asked: int, missing: int) -> None:
 
 def _completed(
     task: SampledTask,
-    model: PreTrainedModel,
+    sampler: CompletionSampler,
     tokenizer: PreTrainedTokenizerBase,
     grader: Grader,
     prompts: Sequence[_Prompt],
@@ -246,7 +245,7 @@ def _completed(
         return
     token_ids = {document: prompts[document].token_ids for document, _ in fitting}
     began, tokens = time.monotonic(), 0
-    for completion in sample_completions(model, token_ids, fitting, settings, batch_size):
+    for completion in sampler.sample(token_ids, fitting, settings, batch_size):
         text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         tokens += len(completion.token_ids) * PartialState().num_processes
         stage.say(f"{tokens / (time.monotonic() - began):,.0f} tokens/s")

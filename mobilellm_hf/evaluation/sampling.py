@@ -85,8 +85,8 @@ class Completion:
     finished: bool
 
 
-class _Row:
-    """A completion in the making."""
+class Row:
+    """A completion in the making; `uniform` is where its next token is drawn."""
 
     def __init__(self, document: int, sample: int, limit: int, seed: int):
         self.document, self.sample, self.limit = document, sample, limit
@@ -107,9 +107,13 @@ def eos_token_ids(model: PreTrainedModel, *more: int | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in (*listed, *more) if token is not None))
 
 
-def room_for_completion(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens of a model's context, if its configuration knows them."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def room_for_completion(context: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
     """New tokens that fit behind a prompt; 0 or less if it fills the context."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return max_new_tokens if context is None else min(max_new_tokens, context - prompt_tokens)
 
 
@@ -151,7 +155,7 @@ def sample_completions(
     longest = 1
     for document in dict.fromkeys(document for document, _ in asked):
         count = len(prompts[document])
-        room = room_for_completion(model, count, settings.max_new_tokens)
+        room = room_for_completion(context_of(model), count, settings.max_new_tokens)
         if not count:
             raise ValueError(f"the prompt of document {document} is empty")
         if room < 1:
@@ -180,7 +184,7 @@ class _Sampler:
     ):
         self.model, self.prompts, self.settings, self.capacity = model, prompts, settings, capacity
         self.waiting = deque(asked)
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.cache = SharedPromptCache()
         self.documents: list[int] = []  # of the cache's groups
         self.first_logits: list[torch.Tensor] = []  # (1, vocabulary) behind each group's prompt
@@ -229,9 +233,10 @@ class _Sampler:
         for _ in taken:
             self.waiting.popleft()
 
-    def _row(self, asked: tuple[int, int]) -> _Row:
-        limit = room_for_completion(self.model, len(self.prompts[asked[0]]), self.settings.max_new_tokens)
-        return _Row(*asked, limit, self.settings.seed)
+    def _row(self, asked: tuple[int, int]) -> Row:
+        prompt = self.prompts[asked[0]]
+        limit = room_for_completion(context_of(self.model), len(prompt), self.settings.max_new_tokens)
+        return Row(*asked, limit, self.settings.seed)
 
     @torch.no_grad()
     def _read_prompt(self, document: int) -> tuple[DynamicCache, torch.Tensor]:

@@ -33,14 +33,13 @@ import mobilellm_hf
 from mobilellm_hf.data.tokenization import check_tokenizer
 from mobilellm_hf.export.arguments import MAX_SEQ_LEN, ExportArguments
 from mobilellm_hf.export.graph import OnDeviceGraph
-from mobilellm_hf.export.program import StoredWeight, lower, metadata, read_weights, write_program
+from mobilellm_hf.export.program import PROGRAM, REPORT, StoredWeight, lower, metadata, read_weights, write_program
 from mobilellm_hf.export.quantization import Quantization, QuantizedLayer, read_back
 from mobilellm_hf.export.requirements import need_executorch
 from mobilellm_hf.export.size import cache_bytes, check_room, size_table, stored_bytes
 from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.progress import StageProgress, StagesWithin
 
-PROGRAM, REPORT = "model.pte", "export.json"
 VERSIONED = ("executorch", "torch", "torchao", "transformers")
 # RoPE types whose angles depend on how long the text is, which a graph cannot decide.
 DYNAMIC_ROPE = ("dynamic", "longrope")
@@ -72,7 +71,7 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             tokenizer = load_tokenizer(args.model, config)
             model = MobileLLMForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
             stage.say(f"{model.num_parameters():,} parameters, up to {memory / 1e9:.1f} GB of memory")
-        parts = stored_bytes(model, quantization)
+        parts, parameters = stored_bytes(model, quantization), model.num_parameters()
         eos = model.generation_config.eos_token_id
         with progress.stage("quantization") as stage:
             layers = quantization.apply(model)
@@ -91,7 +90,7 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             tokenizer.save_pretrained(partial)
             config.save_pretrained(partial)
             model.generation_config.save_pretrained(partial)
-            report = report_of(args, quantization, layers, parts, context, graph.prefill)
+            report = report_of(args, quantization, layers, parts, parameters, context, graph.prefill)
             (partial / REPORT).write_text(json.dumps(report, indent=2))
             shutil.rmtree(folder, ignore_errors=True)  # which is empty
             os.replace(partial, folder)
@@ -169,12 +168,14 @@ def report_of(
     quantization: Quantization,
     layers: Mapping[str, QuantizedLayer],
     parts: Mapping[str, int],
+    parameters: int,
     context: int,
     prefill: int,
 ) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {
         "model": args.model,
+        "parameters": parameters,
         "context": context,
         "prefill": prefill,
         "kv_cache": args.kv_cache,

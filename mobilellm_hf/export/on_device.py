@@ -28,8 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mobilellm_hf.export.exporter import PROGRAM, REPORT
-from mobilellm_hf.export.program import METHOD, quiet
+from mobilellm_hf.export.program import METHOD, PROGRAM, REPORT, quiet, silent_runtime
 from mobilellm_hf.export.requirements import need_executorch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -91,7 +90,8 @@ class OnDeviceModel:
         if threads is not None:
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
-            _unsafe_reset_threadpool(threads)
+            with silent_runtime():
+                _unsafe_reset_threadpool(threads)
         self.prefill = self._constant("get_max_seq_len")
         self.context = self._constant("get_max_context_len", self.prefill)
         methods = self._module.method_names()
@@ -126,6 +126,20 @@ class OnDeviceModel:
             output = self._module.run_method(METHOD, (piece, positions))[0]
             self._cached += piece[0].tolist()
         return output[0, -1]
+
+    def logits_after(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits (vocabulary,) after a text from its first token on; what the cache holds of it is not computed again.
+
+        Raises:
+            ValueError: there are no tokens, or more than the context holds.
+        """
+        # The last token is computed in any case: its logits are what is asked for.
+        known = self.cached_of(token_ids)
+        return self.logits(token_ids[known:], known)
+
+    def cached_of(self, token_ids: Sequence[int]) -> int:
+        """How many of a text's first tokens need not be computed; never the last."""
+        return _shared_length(self._cached, token_ids[:-1])
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a text, of messages in the chat template, or as they are.
@@ -185,8 +199,7 @@ class OnDeviceModel:
         self, prompt: list[int], limit: int | None, sample: _Sampler, stop_at_eos: bool
     ) -> Generator[str, None, Generation]:
         began = time.perf_counter()
-        # The last token is computed in any case: its logits are what follows from.
-        known = _shared_length(self._cached, prompt[:-1])
+        known = self.cached_of(prompt)
         logits = self.logits(prompt[known:], known)
         decoder, texts, made = DecodeStream(skip_special_tokens=True), [], []
         prefilled = time.perf_counter()
@@ -271,7 +284,7 @@ def _load(path: Path):
     if head[4:6] != FILE_IDENTIFIER:
         raise ValueError(f"{path} is not an ExecuTorch program")
     try:
-        with quiet():
+        with quiet(), silent_runtime():
             module = _load_for_executorch(str(path))
             if METHOD not in module.method_names():
                 raise ValueError(f"{path} has no method {METHOD!r}, only {', '.join(module.method_names())}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any
 from mobilellm_hf.export.graph import OnDeviceGraph
 from mobilellm_hf.modeling import MobileLLMConfig
 
+PROGRAM, REPORT = "model.pte", "export.json"  # of an exported folder
 METHOD = "forward"
 # Of torch.export's scalar types, as ExecuTorch's runners count them.
 SCALAR_TYPE_FLOAT = 6
@@ -75,6 +78,12 @@ def lower(graph: OnDeviceGraph, constants: dict[str, Any]):
         )
 
 
+def is_exported(name: str | Path) -> bool:
+    """Whether this is a folder with a program and no weights of transformers."""
+    folder = Path(name)
+    return (folder / PROGRAM).is_file() and not any(folder.glob("*.safetensors"))
+
+
 def write_program(program, path: Path) -> None:
     with open(path, "wb") as file:
         program.write_to_file(file)
@@ -91,6 +100,20 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(level)
+
+
+@contextmanager
+def silent_runtime() -> Iterator[None]:
+    """ExecuTorch's runtime writes what it finds of the processor to standard error, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclass(frozen=True)

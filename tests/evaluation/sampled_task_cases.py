@@ -10,6 +10,7 @@ from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.data.chat import attach_chat_template
 from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.evaluation.sampled_tasks import run_sampled_task
+from mobilellm_hf.evaluation.samplers import ModelSampler
 from mobilellm_hf.evaluation.suites import SampledTask, TaskData
 from mobilellm_hf.progress import StageProgress
 
@@ -44,4 +45,4 @@ def make_model(tokenizer, context: int = 256) -> MobileLLMForCausalLM:
 def run(folder: Path, model, tokenizer, documents=None, task=TASK, **options):
     with StageProgress([task.name], Console(quiet=True)) as progress, progress.stage(task.name) as stage:
         documents = make_documents() if documents is None else documents
-        return run_sampled_task(task, model, tokenizer, folder, stage, documents=documents, **options)
+        return run_sampled_task(task, ModelSampler(model), tokenizer, folder, stage, documents=documents, **options)

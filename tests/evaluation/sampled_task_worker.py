@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from sampled_task_cases import make_model, make_tokenizer, run
 
-from mobilellm_hf.evaluation import journal, records, sampled_tasks
+from mobilellm_hf.evaluation import journal, records, sampled_tasks, samplers
 from mobilellm_hf.evaluation.records import Records, load_parts
 from mobilellm_hf.evaluation.sampling import sample_completions
 
@@ -66,7 +66,7 @@ def main():
     errors, kept = [], []
     for module, name, broken, fails in (
         (sampled_tasks, "grader_of", no_grader, state.is_last_process),
-        (sampled_tasks, "sample_completions", no_more_samples, state.is_last_process),
+        (samplers, "sample_completions", no_more_samples, state.is_last_process),
         (records, "write_finished", full_disk, state.is_main_process),
     ):
         whole = getattr(module, name)

@@ -231,7 +231,7 @@ def test_likelihoods_are_summed_in_float32_whatever_the_model_calculates_in(plac
     ((rated, _),) = half.lm.loglikelihood([Instance("loglikelihood", {}, (context, choice), 0)], disable_tqdm=True)
     read, target = half.lm._encode_pair(context, choice)
     with torch.no_grad():
-        logits = half.model(torch.tensor([read + target])[:, :-1]).logits
+        logits = half.lm.model(torch.tensor([read + target])[:, :-1]).logits
     assert logits.dtype == torch.bfloat16 and len(target) > 100
     rows = logits[0, -len(target) :].float().log_softmax(-1)
     expected = rows[range(len(target)), target].sum().item()
@@ -245,13 +245,13 @@ def read_prompts(place: Path, folder: Path) -> list[str]:
 
 def test_a_cpu_calculates_in_float32_unless_it_is_told_otherwise(place, tmp_path):
     model, tokenizer = str(tmp_path / "bfloat16"), load_tokenizer(str(place / "model"))
-    load_model(str(place / "model"), tokenizer=tokenizer, dtype="bfloat16").model.save_pretrained(model)
+    load_model(str(place / "model"), tokenizer=tokenizer, dtype="bfloat16").lm.model.save_pretrained(model)
     assert load_model(model, tokenizer=tokenizer).settings == {"dtype": "float32"}
     assert load_model(model, tokenizer=tokenizer, dtype="bfloat16").settings == {"dtype": "bfloat16"}
 
 
 def test_the_batch_is_what_memory_and_caches_hold(evaluated, monkeypatch):
-    model, free = evaluated.model, 2**30
+    model, free = evaluated.lm.model, 2**30
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
     vocabulary = model.config.vocab_size
     assert batch_size_for(model, 100, generates=False) == min(64, 1024 // 100, free // 4 // (12 * vocabulary * 100))

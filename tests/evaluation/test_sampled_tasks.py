@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from sampled_task_cases import TASK, make_documents, make_model, make_tokenizer, run
 
-from mobilellm_hf.evaluation import sampled_tasks
+from mobilellm_hf.evaluation import samplers
 from mobilellm_hf.evaluation.estimates import estimates
 from mobilellm_hf.evaluation.graders import MathGrader, grader_of
 from mobilellm_hf.evaluation.records import Record, Records, read_records, write_finished, write_part
@@ -47,13 +47,13 @@ def rows_of(folder):
 
 def counting(monkeypatch) -> list[tuple[int, int]]:
     """The completions that are asked for from here on."""
-    asked, sample = [], sampled_tasks.sample_completions
+    asked, sample = [], samplers.sample_completions
 
     def recording(model, prompts, keys, *rest):
         asked.extend(keys)
         return sample(model, prompts, keys, *rest)
 
-    monkeypatch.setattr(sampled_tasks, "sample_completions", recording)
+    monkeypatch.setattr(samplers, "sample_completions", recording)
     return asked
 
 
@@ -134,13 +134,13 @@ def test_two_processes_find_what_one_does_also_after_one_of_them_failed(whole, t
 
 
 def test_an_error_leaves_all_completions_that_had_ended(model, tokenizer, tmp_path, monkeypatch):
-    sample = sampled_tasks.sample_completions
+    sample = samplers.sample_completions
 
     def failing(*arguments):
         yield from list(sample(*arguments))[:13]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampled_tasks, "sample_completions", failing)
+    monkeypatch.setattr(samplers, "sample_completions", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, model, tokenizer)
     assert len(rows_of(tmp_path)) == 13

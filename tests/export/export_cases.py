@@ -14,7 +14,7 @@ from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.export.arguments import ExportArguments
 from mobilellm_hf.export.exporter import run_export
 
-CONTEXT = 96
+CONTEXT = 128
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """The .pte in the runtimes that load it (ours, Optimum's, the C++ llama runner) against the model in eager."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_the_end_of_the_context_ends_an_answer(exact):
     assert answer.ended_by == "context" and len(answer.token_ids) == CONTEXT - 90
     assert device.generate(random_tokens(CONTEXT - 1), stop_at_eos=False).ended_by == "context"
     for count in (0, CONTEXT, CONTEXT + 50):
-        with pytest.raises(ValueError, match=f"the prompt has {count} tokens and must have 1 to 95"):
+        with pytest.raises(ValueError, match=f"the prompt has {count} tokens and must have 1 to {CONTEXT - 1}"):
             next(device.stream(random_tokens(count)))
 
 
@@ -202,3 +204,11 @@ def test_a_file_that_does_not_load_says_so(exact, tmp_path, damage, message):
 def test_a_folder_without_a_program_says_so(model_folder):
     with pytest.raises(ValueError, match=r"model\.pte does not exist"):
         OnDeviceModel(model_folder)
+
+
+def test_the_readme_streams_an_answer(small):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "OnDeviceModel" in block)
+    code = code.replace("runs/device", str(small)).replace("Eli draws b b c b b c b. Which most?", "How?")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0 and process.stdout.strip() and not process.stderr, process.stderr

@@ -16,7 +16,7 @@ from mobilellm_hf.export.size import shape_of, stored_bytes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_len": CONTEXT + 1}, "max_seq_len=97 is beyond the 96 positions"),
+        ({"max_seq_len": CONTEXT + 1}, "max_seq_len=129 is beyond the 128 positions"),
         ({"max_seq_len": 1}, "max_seq_len=1 must be 2 or more"),
         ({"prefill": 0}, "prefill=0 must be 2 or more"),
         ({"kv_cache": "int8"}, "kv_cache='int8' must be bfloat16 or float32"),

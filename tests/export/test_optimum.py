@@ -64,7 +64,7 @@ def test_other_models_go_its_own_way():
         ({"dtype": "float16"}, "--dtype float16 cannot be exported"),
         ({"dtype": "bfloat16", "qlinear": "8da4w"}, "--dtype bfloat16 cannot be exported with --qlinear"),
         ({"disable_dynamic_shapes": True}, "--disable_dynamic_shapes"),
-        ({"max_seq_len": 1000}, "max_seq_len=1,000 is beyond the 96 positions"),
+        ({"max_seq_len": 1000}, "max_seq_len=1,000 is beyond the 128 positions"),
         ({"qlinear": "8da4w", "qlinear_group_size": 64}, "group_size=64 does not divide the 96 inputs"),
     ],
 )
