@@ -68,12 +68,27 @@ def build_directions(
     Raises:
         ValueError: a probe's gradient is not finite or a pattern of `exclude` matches nothing.
     """
+    together = write_directions(folder, model, probes, curvature, exclude, batch_size, on_batch)
+    return {name: value.to(model.device) for name, value in load_file(together).items()}
+
+
+def write_directions(
+    folder: Path,
+    model: PreTrainedModel,
+    probes: Mapping[str, Dataset],
+    curvature: Callable[[], Curvature],
+    exclude: Sequence[str] = (),
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+    label: str | None = None,
+) -> Path:
+    """The file of the directions, for all processes. label: what its name says, by default the probes."""
     state = PartialState()
     files = [folder / f"gradient-{name}.safetensors" for name in probes]
-    together = folder / f"directions-{'-'.join(probes)}.safetensors"
+    together = folder / f"directions-{label or '-'.join(probes)}.safetensors"
     for number, (name, probe) in enumerate(probes.items()):
-        if number % state.num_processes == state.process_index:
-            _once(files[number], lambda name=name, probe=probe: _gradient(model, name, probe, batch_size, on_batch))
+        if number % state.num_processes == state.process_index and not together.exists():
+            once(files[number], lambda name=name, probe=probe: _gradient(model, name, probe, batch_size, on_batch))
     state.wait_for_everyone()
 
     def precondition() -> dict[str, torch.Tensor]:
@@ -83,9 +98,9 @@ def build_directions(
         return curvature().precondition(stacked)
 
     if state.is_main_process:
-        _once(together, precondition)
+        once(together, precondition)
     state.wait_for_everyone()
-    return {name: value.to(model.device) for name, value in load_file(together).items()}
+    return together
 
 
 def _gradient(model, name: str, probe: Dataset, batch_size: int, on_batch) -> dict[str, torch.Tensor]:
@@ -95,7 +110,7 @@ def _gradient(model, name: str, probe: Dataset, batch_size: int, on_batch) -> di
         raise ValueError(f"probe {name!r}: {error}") from error
 
 
-def _once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
+def once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
     """Tensors on disk, computed if they are not there yet; the file is whole or absent."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

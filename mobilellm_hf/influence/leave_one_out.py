@@ -37,11 +37,11 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
 from mobilellm_hf.data.mixture import MixtureDataset
+from mobilellm_hf.influence.student_t import student_t_quantile
 from mobilellm_hf.training.live_mixture import MixtureCallback, draws_per_step
 from mobilellm_hf.training.monitors import ProbeNLLCallback, StopOnNonFiniteLoss, probe_history
 from mobilellm_hf.workspace import Workspace, write_whole
 
-LEVEL = 0.95
 BLOCK_SIZE = 64
 
 
@@ -205,32 +205,57 @@ def train_run(
         NonFiniteLossError: the loss or a probe's NLL is no number.
     """
     folder = Path(folder)
-    own = folder / run.name
-    training = copy.copy(training)
-    training.output_dir, training.seed, training.run_name = str(own), run.seed, run.name
     draws = training.max_steps * draws_per_step(training)
     mixture = equal_shares(run, sources, draws, block_size)
     every = monitor_every or max(1, training.max_steps // 20)
-    watch = ProbeNLLCallback(dict(probes), every, training.per_device_eval_batch_size)
-    # Its weights never change, so whatever workers fetch ahead is right.
-    reading = MixtureCallback(mixture, delay_steps=1_000_000, source_loss=False)
-    set_seed(run.seed)
-    used = [reading, watch, StopOnNonFiniteLoss(), *callbacks]
-    trainer = Trainer(build_model(run.seed), training, train_dataset=mixture, callbacks=used)
-    trainer.remove_callback(PrinterCallback)
-    last = Workspace(folder, {}).last_checkpoint(run.name)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer, curves = train_on(mixture, build_model, probes, training, folder / run.name, run.seed, every, callbacks)
     rows = {name: draw.rows for name, draw in mixture.report(draws).items()}
     length = float(mixture.tokens_per_row.mean())
-    found = probe_history(trainer.state.log_history)
-    curves = {name: found[name] for name in probes}
     result = LeaveOneOutResult(run, round(draws_per_step(training) * length), rows, curves)
     write_whole(result_file(run, folder), lambda path: path.write_text(_to_json(result)))
     trainer.accelerator.free_memory()  # the next model needs it
     if not keep_models:
-        for checkpoint in own.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        delete_checkpoints(folder / run.name)
     return result
+
+
+def train_on(
+    mixture: MixtureDataset,
+    build_model: Callable[[int], PreTrainedModel],
+    probes: Mapping[str, Dataset],
+    training: TrainingArguments,
+    folder: Path,
+    seed: int,
+    monitor_every: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Trainer, dict[str, list[tuple[int, float]]]]:
+    """The stock Trainer after it has trained a model on a mixture whose weights stay, from its last checkpoint on.
+
+    Args:
+        folder: of this model alone; its checkpoints are in it.
+        seed, training, build_model: as for `train_run`.
+
+    Returns:
+        The trainer, and probe -> [(step, NLL in nats per token), ...], before the first step, and to the last.
+    """
+    training = copy.copy(training)
+    training.output_dir, training.seed, training.run_name = str(folder), seed, folder.name
+    watch = ProbeNLLCallback(dict(probes), monitor_every, training.per_device_eval_batch_size)
+    # Its weights never change, so whatever workers fetch ahead is right.
+    reading = MixtureCallback(mixture, delay_steps=1_000_000, source_loss=False)
+    set_seed(seed)
+    used = [reading, watch, StopOnNonFiniteLoss(), *callbacks]
+    trainer = Trainer(build_model(seed), training, train_dataset=mixture, callbacks=used)
+    trainer.remove_callback(PrinterCallback)
+    last = Workspace(folder.parent, {}).last_checkpoint(folder.name)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    found = probe_history(trainer.state.log_history)
+    return trainer, {name: found[name] for name in probes}
+
+
+def delete_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def result_file(run: LeaveOneOutRun, folder: str | Path) -> Path:
@@ -342,26 +367,3 @@ def effects(results: Sequence[LeaveOneOutResult]) -> LeaveOneOutEffect:
     if len(seeds) > 1:
         half = student_t_quantile(len(seeds) - 1) * per_seed.std(0) / math.sqrt(len(seeds))
     return LeaveOneOutEffect(sources, names, seeds, with_all, without, per_seed, delta, delta - half, delta + half)
-
-
-def student_t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t with P(|T| <= t) = level, T of Student's distribution with so many degrees of freedom.
-
-    From the closed form of its distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4) by bisection.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _central_share(middle, degrees) < level else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def _central_share(angle: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(angle))."""
-    odd, squared = degrees % 2, math.cos(angle) ** 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0
-    for number in range(2 + odd, degrees + 1, 2):
-        total += term
-        term *= (number - 1) / number * squared
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total

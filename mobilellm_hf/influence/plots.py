@@ -1,10 +1,18 @@
 """Pictures of influence: which source helps which capability, and the mixture that follows."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mobilellm_hf.influence.uncertainty import UncertainWeights
 
 
 def plot_influence(
@@ -13,6 +21,7 @@ def plot_influence(
     capabilities: Sequence[str],
     weights: Mapping[str, float],
     path: str | Path,
+    uncertain: UncertainWeights | None = None,
 ) -> None:
     """A heat map of source x capability beside bars of the mixture weights, the uniform weight marked.
 
@@ -20,6 +29,7 @@ def plot_influence(
         scores: (sources, capabilities) influence, positive = helpful. Each column is shown as a share of its largest
             magnitude, since a capability's scale is that of its gradient and means nothing across columns.
         weights: source -> share of the training tokens.
+        uncertain: adds what equation (5) says with its 95% interval, and the proportional share.
     """
     from matplotlib import ticker
     from matplotlib.figure import Figure
@@ -38,17 +48,36 @@ def plot_influence(
     left.set_title("Influence on each capability\n(share of the column's largest)", fontsize=10)
     shares = [weights.get(source, 0.0) for source in sources]
     bars = right.barh(range(len(sources)), shares, color="#4878a8")
-    right.bar_label(bars, [f"{share:.1%}" for share in shares], padding=3, fontsize=9)
+    largest = max(shares)
+    if uncertain is None:
+        right.bar_label(bars, [f"{share:.1%}" for share in shares], padding=3, fontsize=9)
+    else:
+        largest = max(largest, _add_intervals(right, sources, uncertain))
     right.axvline(1 / len(sources), color="gray", linestyle="--", label="uniform")
     right.set_yticks(range(len(sources)), [])
     right.set_ylim(len(sources) - 0.5, -0.5)
-    right.set_xlim(0, max(shares) * 1.15)
+    right.set_xlim(0, largest * 1.15)
     right.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
     right.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
     right.set_title("Share of the training tokens", fontsize=10)
     right.legend(frameon=False, fontsize=9)
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def _add_intervals(panel: Axes, sources: Sequence[str], uncertain: UncertainWeights) -> float:
+    """Error bars of the unshrunk weights, and ticks at the proportional ones; returns the largest end."""
+    ends = np.array([uncertain.intervals[source] for source in sources])
+    middle = ends.mean(1) if uncertain.unshrunk is None else np.array([uncertain.unshrunk[name] for name in sources])
+    places = np.arange(len(sources))
+    spread = np.stack([middle - ends[:, 0], ends[:, 1] - middle]).clip(min=0)
+    panel.errorbar(
+        middle, places, xerr=spread, fmt="o", color="black", markersize=4, capsize=3, linewidth=1,
+        label="by influence (equation 5), 95% interval",
+    )  # fmt: skip
+    shares = [uncertain.proportional[name] for name in sources]
+    panel.plot(shares, places, "|", color="#d65f5f", markersize=16, markeredgewidth=2, label="proportional to tokens")
+    return max(ends.max(), max(shares))
 
 
 def plot_histograms(

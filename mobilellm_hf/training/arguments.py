@@ -70,6 +70,13 @@ class StageArguments:
     curvature: Literal["adam", "identity"] = option("H of equation (2) in resampling", "adam")
     reject: Literal["nonpositive", "none"] = option("samples that are dropped (equation 6)", "nonpositive")
     reject_rule: str = option("whose influence must be positive: mean, any, or a capability", "mean")
+    sign_check: Literal["refuse", "warn", "off"] = option(
+        "before samples are dropped for the first time, train on the top and on the bottom tenth of their scores; "
+        "refuse to go on where the bottom teaches more, or only warn. Costs six trainings of a fiftieth of max_steps, "
+        "4 to 20 steps each",
+        "refuse",
+    )
+    sign_check_steps: int | None = option("of each of those trainings, instead")
     reweigh: bool = option("whether sources get new weights (equation 5)", True)
     candidates_per_source: int | None = option("rows of each source that a round scores", 256)
     influence_scores: Literal["separate", "fused"] = option("in passes of their own, or inside training", "separate")
@@ -108,7 +115,7 @@ class StageArguments:
 
     def _check_numbers(self) -> None:
         for name in ("seq_length", "block_size", "rows_per_probe", "monitor_every", "teacher_top_k", "resample_every",
-                     "candidates_per_source", "delay_steps"):  # fmt: skip
+                     "candidates_per_source", "delay_steps", "sign_check_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be positive")

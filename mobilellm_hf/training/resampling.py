@@ -6,8 +6,10 @@
 
 A round scores candidates of every source with the model as it is (equation 2), rejects those that help no more
 (equation 6), weighs the sources anew (equations 4 and 5), and applies both from a draw that no worker has fetched.
-A phase that has nothing left to teach says so and ends. Rounds are a function of the weights and the seed alone, so a
-run that was killed repeats them to the bit; all ranks share the scoring and decide alike.
+A phase that has nothing left to teach says so and ends. Before a first sample is dropped, a short training
+on the top and on the bottom tenth of the scores tells whether their sign is to be trusted (`sign_check`). Rounds are a
+function of the weights and the seed alone, so a run that was killed repeats them to the bit; all ranks share the
+scoring and decide alike.
 """
 
 import logging
@@ -32,6 +34,7 @@ from mobilellm_hf.training.fused_scores import FusedScores
 from mobilellm_hf.training.live_mixture import MixtureCallback, add_figures, draws_per_step, unwrap
 from mobilellm_hf.training.rounds import Round, Rules, decide, write_round
 from mobilellm_hf.training.scored_parts import ScoredParts
+from mobilellm_hf.training.sign_check import LEARNING_RATE_SHARE, SignCheckError, save_sign_check, sign_check
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,10 @@ class InfluenceResamplingCallback(MixtureCallback):
 
     Logged after each round: `influence/positive` and `influence/positive/<capability>` (shares of the scored
     samples), `influence/spread` (interquartile range of the mean influence, a share of the first round's),
-    `influence/rejected` (share of all rows) and `influence/cost` (share of the training time so far). Scores, and
-    pictures of all rounds, are in the folder `mixture` of the output folder.
+    `influence/rejected` (share of all rows) and `influence/cost` (share of the training time so far), and in the round
+    that drops the first samples `sign_check/...` (NLL of the probes before, after the top and after the bottom tenth,
+    their difference and its 95% interval). Scores, pictures of all rounds, and the sign check with its verdict are in
+    the folder `mixture` of the output folder.
 
     Args:
         mixture: the Trainer's `train_dataset`.
@@ -71,6 +76,12 @@ class InfluenceResamplingCallback(MixtureCallback):
         min_spread: so does a spread that has narrowed below this share of the first round's; None: never.
         allow_overlap: train on rows that share documents with a probe, which is an error otherwise.
         batch_size: rows of a batch in scoring.
+        sign_check: "refuse": where the bottom tenth of the scores teaches more than the top tenth, by more than seeds
+            vary, nothing is dropped and training stops; "warn": it goes on; None: no check. Of a run's first round
+            that drops samples only.
+        sign_check_steps: of each of its six trainings, at a tenth of the run's learning rate; by default a fiftieth of
+            the run's steps, but 4 to 20. So it costs an eighth of a short run's steps, and 120 of a long one's, and
+            the probes' NLL seven times.
         on_round: called with each `Round`, on every rank.
 
     Raises:
@@ -78,6 +89,7 @@ class InfluenceResamplingCallback(MixtureCallback):
             the model; if the model is sharded; or if there is no time for a single round.
         PhaseEndedError: at the start of training, if a round there, or one that the checkpoint remembers, has ended
             the phase. No step is taken.
+        SignCheckError: in a round (a ValueError), with the figures and the remedies.
     """
 
     def __init__(
@@ -98,6 +110,8 @@ class InfluenceResamplingCallback(MixtureCallback):
         min_spread: float | None = None,
         allow_overlap: bool = False,
         batch_size: int = 8,
+        sign_check: Literal["refuse", "warn"] | None = "refuse",
+        sign_check_steps: int | None = None,
         seed: int = 0,
         delay_steps: int = 16,
         source_loss: bool = True,
@@ -109,6 +123,9 @@ class InfluenceResamplingCallback(MixtureCallback):
         _check_choice("reject", reject, ("nonpositive", None))
         _check_choice("scores", scores, ("separate", "fused"))
         _check_choice("rule", rule, ("mean", "any", *probes))
+        _check_choice("sign_check", sign_check, ("refuse", "warn", None))
+        if sign_check_steps is not None and sign_check_steps < 1:
+            raise ValueError(f"sign_check_steps={sign_check_steps} must be positive")
         if (every is not None and every < 1) or not probes or not 0 <= floor < 1:
             raise ValueError(f"every={every} must be positive, probes={list(probes)} not empty, floor={floor} a share")
         if every is None and not at_start:
@@ -122,6 +139,7 @@ class InfluenceResamplingCallback(MixtureCallback):
         self.candidates_per_source, self.scores = candidates_per_source, scores
         self.rules = Rules(rule, reject is not None, reweigh, floor, min_positive, min_spread)
         self.allow_overlap, self.batch_size, self.seed, self.on_round = allow_overlap, batch_size, seed, on_round
+        self.sign_check, self.sign_check_steps = sign_check, sign_check_steps
         self.rounds: list[Round] = []
         self._keep = np.ones(mixture.num_rows, dtype=bool)
         self._logged = 0  # rounds
@@ -201,17 +219,21 @@ class InfluenceResamplingCallback(MixtureCallback):
         if self._fused is None:
             rows = self._candidates(state.global_step)
             scores = self._score(scorer, rows, state.global_step)
-        else:
-            self._fused.listen(scorer, state.global_step)
         if len(rows):
-            self._apply(state, control, rows, scores, start, from_draw)
+            self._apply(args, state, control, model, rows, scores, start, from_draw)
         else:
             self._scoring += time.perf_counter() - start
+        if self._fused is not None:
+            self._fused.listen(scorer, state.global_step)
 
-    def _apply(self, state, control, rows: np.ndarray, scores: torch.Tensor, start: float, from_draw: int) -> None:
+    def _apply(
+        self, args, state, control, model, rows: np.ndarray, scores: torch.Tensor, start: float, from_draw: int
+    ):
         step, mixture = state.global_step, self.mixture
         first_spread = self.rounds[0].spread if self.rounds else None
         found, keep = decide(self.rules, mixture, list(self.probes), rows, scores, self._keep, step, first_spread)
+        if self._must_check(found, keep):
+            found.sign_check = self._check_sign(args, state, model, rows, scores)
         found.cost = self._cost(time.perf_counter() - start)
         self.rounds.append(found)
         write_round(Path(mixture.keep_folder), self.rounds, rows, scores, mixture, list(self.probes))
@@ -226,6 +248,30 @@ class InfluenceResamplingCallback(MixtureCallback):
         self._store(state)
         if self.on_round is not None:
             self.on_round(found)
+
+    def _must_check(self, found: Round, keep: np.ndarray) -> bool:
+        first = not any(earlier.sign_check for earlier in self.rounds)
+        return self.sign_check is not None and first and self.rules.rejects and not found.ended and not keep.all()
+
+    def _check_sign(self, args, state, model, rows: np.ndarray, scores: torch.Tensor) -> dict[str, float]:
+        """The figures of the check; raises a SignCheckError if it is to be refused that the bottom wins."""
+        folder, step = Path(self.mixture.keep_folder), state.global_step
+        steps = self.sign_check_steps or min(20, max(4, state.max_steps // 50))
+        found = sign_check(
+            model, self.mixture.select(rows), scores, list(self.probes), self.probes, steps=steps,
+            learning_rate=LEARNING_RATE_SHARE * args.learning_rate, rule=self.rules.rule,
+            batch_size=args.train_batch_size, folder=folder / f"sign-check-{step}",
+        )  # fmt: skip
+        save_sign_check(folder / f"sign-check-{step}.json", found)
+        message = f"sign check at step {step}: {found.verdict()}"
+        if found.bottom_wins and self.sign_check == "refuse":
+            raise SignCheckError(
+                f"{message}. Nothing was dropped. Score with a model that was trained for longer, with another "
+                "curvature or more rows a probe; or set reject: none and only reweigh; or sign_check: warn to drop "
+                "them all the same, and the run goes on from its last checkpoint"
+            )
+        logger.log(logging.INFO if found.low > 0 else logging.WARNING, message)
+        return found.figures()
 
     def _cost(self, seconds: float) -> float:
         """Share of the training time that rounds have taken, this one included."""

@@ -39,6 +39,7 @@ class Round:
         from_draw: draw from which they apply; None if the phase ended.
         cost: share of the training time that rounds have taken so far.
         ended: why the phase ends here; empty if it goes on.
+        sign_check: figures of the check before the first samples were dropped, in that round; else empty.
     """
 
     step: int
@@ -51,16 +52,21 @@ class Round:
     from_draw: int | None = None
     cost: float = 0.0
     ended: str = ""
+    sign_check: dict[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """What is logged."""
         positive = {f"influence/positive/{name}": share for name, share in self.positive.items() if name != "all"}
-        return positive | {
-            "influence/positive": self.positive["all"],
-            "influence/spread": self.relative_spread,
-            "influence/rejected": self.rejected,
-            "influence/cost": self.cost,
-        }
+        return (
+            positive
+            | self.sign_check
+            | {
+                "influence/positive": self.positive["all"],
+                "influence/spread": self.relative_spread,
+                "influence/rejected": self.rejected,
+                "influence/cost": self.cost,
+            }
+        )
 
 
 @dataclass(frozen=True)

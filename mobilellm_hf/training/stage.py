@@ -19,7 +19,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import set_seed
 
@@ -76,8 +76,16 @@ class StageResult:
     ended: str
 
 
-def run_stage(args: StageArguments, training: StageTrainingArguments, console: Console) -> StageResult:
+def run_stage(
+    args: StageArguments,
+    training: StageTrainingArguments,
+    console: Console,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> StageResult:
     """Trains a stage, or takes it up where it was interrupted.
+
+    Args:
+        callbacks: beside those of the arguments, which see an event first.
 
     Raises:
         ValueError: the arguments do not fit each other, the data or the folder; the message names the field.
@@ -100,7 +108,7 @@ def run_stage(args: StageArguments, training: StageTrainingArguments, console: C
             with progress.stage("teacher cache") as stage:
                 write_cache(args, mixture, training, config.vocab_size, stage)
         with progress.stage("training") as stage:
-            trainer = train(workspace, args, training, config, mixture, probes, stage)
+            trainer = train(workspace, args, training, config, mixture, probes, stage, callbacks)
         with progress.stage("results"):
             result = write_results(workspace, args, training, trainer, tokenizer, mixture)
     report(console, training, trainer, mixture, result)
@@ -111,7 +119,9 @@ def _settings(args: StageArguments, training: StageTrainingArguments) -> dict[st
     settings = dataclasses.asdict(args) | {name: getattr(training, name) for name in DECISIVE}
     settings["mixed_precision"] = getattr(training, "mixed_precision", None)  # which accelerate's file can say, too
     settings |= {"rows_per_step": training.global_batch(), "mobilellm_hf": mobilellm_hf.__version__}
-    for name in ("monitor_every", "rank_me", "shard_teacher", "attn_implementation"):  # which decide nothing
+    # Which decide nothing, or only whether a run goes on.
+    undecisive = ("monitor_every", "rank_me", "shard_teacher", "attn_implementation", "sign_check", "sign_check_steps")
+    for name in undecisive:
         del settings[name]
     return json.loads(json.dumps(settings, default=str))
 
@@ -165,6 +175,8 @@ def build_callbacks(
                 min_positive=args.min_positive,
                 min_spread=args.min_spread,
                 allow_overlap=args.allow_overlap,
+                sign_check=None if args.sign_check == "off" else args.sign_check,
+                sign_check_steps=args.sign_check_steps,
                 seed=training.seed,
                 batch_size=training.per_device_train_batch_size,
                 delay_steps=args.delay_steps,
@@ -187,12 +199,13 @@ def train(
     mixture: MixtureDataset,
     probes: dict[str, Dataset],
     stage: Stage,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     with PartialState().main_process_first():  # the others find it clean
         last = workspace.last_checkpoint(".")
     model = build_model(args, config, training.seed)
     trainer = Trainer(model, training, train_dataset=mixture)
-    add_before_trackers(trainer, *build_callbacks(args, training, mixture, probes))
+    add_before_trackers(trainer, *build_callbacks(args, training, mixture, probes), *callbacks)
     trainer.add_callback(StageProgressCallback(stage))
     trainer.remove_callback(PrinterCallback)
     with explained_write_errors(workspace):

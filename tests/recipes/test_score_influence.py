@@ -1,5 +1,6 @@
 """The recipe as a user launches it: one and two processes, killed and taken up again, and given bad input."""
 
+import json
 import os
 import signal
 import subprocess
@@ -145,14 +146,49 @@ def test_two_processes_and_a_kill_in_between_make_the_same_scores(workplace, fin
     assert done.stdout.count("Influence of each source") == 1  # one of the processes speaks
 
 
+def test_rows_of_random_tokens_are_no_evidence_and_the_mixture_says_so(finished):
+    folder, output = finished
+    document = yaml.safe_load((folder / "mixture.yaml").read_text())
+    found = document["uncertainty"]
+    assert document["weights"] == found["proportional"] == pytest.approx({"plain": 9 / 21, "other": 12 / 21})
+    assert found["shrinkage"]["factor"] == 1 and "no evidence: keep the baseline" in found["verdict"]
+    assert found["resampled"] == {"rows": 9, "probe samples": 4, "checkpoints": 2}
+    assert "No evidence: keep the baseline" in output and "eq. 5 [95%]" in output
+    for name, (low, high) in found["intervals_of_unshrunk"].items():
+        assert 0 <= low <= found["unshrunk"][name] <= high <= 1 and high - low > 0.2
+
+
+def test_parts_of_probes_average_to_the_scores_and_other_seeds_join_in(workplace, finished):
+    folder, _ = finished
+    document = json.loads((folder / "scores" / "01-checkpoint-4" / "folds-8-32.json").read_text())
+    parts = [
+        pyarrow.parquet.read_table(file) for file in sorted((folder / "scores/01-checkpoint-4").glob("*.parquet"))
+    ]
+    joined, place = pyarrow.concat_tables(parts), document["sources"].index("plain")
+    own = [
+        score for score, source in zip(joined["code"].to_pylist(), joined["source"].to_pylist()) if source == "plain"
+    ]
+    entry = document["folds"]["code"]
+    assert entry["samples"] == [1, 1, 1, 1]
+    assert sum(entry["influence"][place]) / 4 == pytest.approx(sum(own) / len(own), rel=1e-4)
+    options = ("--output_dir", str(workplace / "seed"), "--other_seeds", str(folder), "--fold_rows", "4")
+    done = launch(workplace, *options)
+    assert done.returncode == 0 and "seeds " in done.stdout, done.stdout
+    found = yaml.safe_load((workplace / "seed" / "mixture.yaml").read_text())["uncertainty"]
+    assert found["resampled"]["seeds"] == 2 and sum(found["share_of_noise"].values()) == pytest.approx(1)
+
+
 def test_other_settings_are_refused_but_the_mixture_can_be_made_anew(workplace, finished):
-    before = yaml.safe_load((finished[0] / "mixture.yaml").read_text())["weights"]
+    before = yaml.safe_load((finished[0] / "mixture.yaml").read_text())
     done = launch(workplace, "--curvature", "identity")
     assert done.returncode != 0 and "curvature='adam', not 'identity'" in done.stdout
     (finished[0] / "scores" / "00-checkpoint-2" / "shard-00001.parquet").unlink()  # what is missing is scored again
-    done = launch(workplace, "--floor", "0.0", "--mixture_capabilities", "math")
+    options = ("--floor", "0.0", "--mixture_capabilities", "math", "--shrinkage", "none")
+    done = launch(workplace, *options)
     assert done.returncode == 0, done.stdout
-    assert yaml.safe_load((finished[0] / "mixture.yaml").read_text())["weights"] != before
+    after = yaml.safe_load((finished[0] / "mixture.yaml").read_text())
+    assert after["weights"] == after["uncertainty"]["unshrunk"] != before["uncertainty"]["unshrunk"]
+    assert "not shrunk" in after["weights_are"] and "equation (5) all the same" in done.stdout
 
 
 def test_low_rank_scores_come_with_their_agreement(workplace):
@@ -172,6 +208,9 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(workplace):
         ({"probes": {"tokens": probes["code"]}}, "'tokens' cannot be a capability's name"),
         ({"floor": 1.5}, "floor=1.5 must be a share"),
         ({"rank": 0}, "rank=0 must be positive"),
+        ({"probe_folds": 1}, "probe_folds=1: nothing varies in one"),
+        ({"other_seeds": [str(workplace / "nowhere")]}, "bootstrap.npz does not exist: score that seed first"),
+        ({"source_tokens": {"plain": -1}}, "source_tokens: plain has -1"),
         ({"probes": {"code": [{"nmae": "embedded"}]}}, "probes.code[0] must have either a name"),
         ({"checkpoints": {"code": settings["checkpoints"]}}, "checkpoints are given for ['code'], but probes for"),
         ({"probes": probes | {"math": [shared]}}, "row 0 with probe 'math' (100%)"),
