@@ -202,7 +202,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME",
                         help=", ".join(CONTENDERS))  # fmt: skip
     parser.add_argument("--positions", type=int, nargs="+", default=[1024 * 2**step for step in range(6)])
-    parser.add_argument("--context", type=int, default=32_768 + 512, help="tokens that caches are made for")
+    parser.add_argument("--context", type=int, default=32_768 + 32, help="tokens that caches are made for")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a turn")
     parser.add_argument("--prefill", type=int, default=1024, help="tokens of the prompt that is timed")
     parser.add_argument("--turns", type=int, default=3, help="counted turns")

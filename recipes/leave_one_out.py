@@ -24,21 +24,19 @@ import copy
 import dataclasses
 import importlib.util
 import os
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
-from transformers import logging as transformers_logging
-from trl import TrlParser
 
 import mobilellm_hf
 from mobilellm_hf.data.rows import check_entries
+from mobilellm_hf.independent import OwnProcess, launch_each
 from mobilellm_hf.influence.leave_one_out import (
     LeaveOneOutRun,
     check_no_repeats,
@@ -60,14 +58,6 @@ from mobilellm_hf.training.arguments import StageArguments, StageTrainingArgumen
 from mobilellm_hf.training.stage import DECISIVE, build_model
 from mobilellm_hf.training.stage_data import load_tokenizer_and_config
 from mobilellm_hf.workspace import Workspace
-
-# Which of the launcher's processes this one is: number/count.
-PLACE = "MOBILELLM_HF_LEAVE_ONE_OUT_PROCESS"
-# What a launcher says to processes that are to train one model together.
-GROUP_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
 
 
 @dataclass
@@ -240,8 +230,12 @@ def estimate(
 
 
 def run(
-    args: LeaveOneOutArguments, training: LeaveOneOutTrainingArguments, console: Console, is_main_process: bool
+    args: LeaveOneOutArguments, training: LeaveOneOutTrainingArguments, console: Console, process: OwnProcess
 ) -> None:
+    if args.dry_run:
+        if process.number == 0:
+            estimate(args, training, console, process.count)
+        return
     workspace = Workspace(Path(training.output_dir), settings_of(args, training))
     folder = workspace.folder / "runs"
     with StageProgress(["rows", "models", "results"], console) as progress:
@@ -262,7 +256,7 @@ def run(
             runs = runs_of(sources)  # of which there may be more than when the rows were prepared
         with progress.stage("models") as stage:
             train_all(runs, folder, args, training, config, sources, probes, stage)
-        if not is_main_process:
+        if process.number > 0:
             return
         with progress.stage("results"):
             results = read_results(runs, folder)
@@ -275,62 +269,5 @@ def run(
     console.print(f"{workspace.folder}: heat_map.png, curves.png, leave_one_out.parquet and .yaml", soft_wrap=True)
 
 
-def own_process() -> tuple[int, int]:
-    """(number of this process, how many there are) of those that a launcher has started, each on its own from here on.
-
-    A process that the launcher meant to train with others, or that sees several GPUs, becomes the same command with
-    one GPU in sight and nothing of the group in its environment. Libraries look for both as early as on import, so
-    the process begins anew instead of changing its environment; it stays the launcher's child.
-    """
-    if place := os.environ.get(PLACE):
-        number, count = place.split("/")
-        return int(number), int(count)
-    gpus = torch.cuda.device_count()
-    if "RANK" not in os.environ and gpus <= 1:
-        return 0, 1
-    number, count, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    changed = {PLACE: f"{number}/{count}"}
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = [str(gpu) for gpu in range(gpus)] if visible is None else visible.split(",")[:gpus]
-        changed["CUDA_VISIBLE_DEVICES"] = names[local % len(names)]
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in GROUP_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
-    sys.stdout.flush()
-    os.execve(sys.executable, sys.orig_argv, kept | changed)
-
-
-def main() -> None:
-    number, processes = own_process()
-    parser = TrlParser(
-        dataclass_types=(LeaveOneOutArguments, LeaveOneOutTrainingArguments), description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML with these fields; the command line overrides it")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    console = Console(quiet=number > 0)
-    checked = False
-    try:
-        args, training = parser.parse_args_and_config()[:2]
-        check(args, training)
-        checked = True
-        if not args.dry_run:
-            run(args, training, console, number == 0)
-        elif number == 0:
-            estimate(args, training, console, processes)
-    except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
-        sys.exit(130)
-    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        # What is wrong with the configuration every process finds; one of them says it.
-        if number == 0 or checked:
-            Console().print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    launch_each(__doc__, (LeaveOneOutArguments, LeaveOneOutTrainingArguments), check, run)

@@ -250,11 +250,11 @@ def parse_args() -> argparse.Namespace:
         "--documents-per-source", type=positive, default=300, help="documents of a source that the judge reads"
     )
     parser.add_argument(
-        "--steps", type=positive, default=320, help="training steps of each compared model, of 512 tokens"
+        "--steps", type=positive, default=260, help="training steps of each compared model, of 512 tokens"
     )
     parser.add_argument("--proxy-steps", type=positive, default=240, help="training steps of the model that scores")
-    parser.add_argument("--teacher-steps", type=positive, default=420, help="training steps of the larger model")
-    parser.add_argument("--midtrain-steps", type=positive, default=100, help="training steps of each phase after it")
+    parser.add_argument("--teacher-steps", type=positive, default=380, help="training steps of the larger model")
+    parser.add_argument("--midtrain-steps", type=positive, default=80, help="training steps of each phase after it")
     parser.add_argument("--sft-steps", type=positive, default=80, help="steps of fine-tuning on questions and answers")
     parser.add_argument("--grpo-steps", type=positive, default=16, help="steps of GRPO, of 64 answers")
     parser.add_argument(

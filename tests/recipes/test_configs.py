@@ -65,6 +65,8 @@ def classes_of(config: Path) -> tuple[type, ...]:
         return module.MidtrainArguments, module.MidtrainTrainingArguments
     if recipe == "leave_one_out":
         return module.LeaveOneOutArguments, module.LeaveOneOutTrainingArguments
+    if recipe == "audit":
+        return module.AuditArguments, module.AuditTrainingArguments
     if recipe == "pretrain":
         return StageArguments, StageTrainingArguments
     return (module.CurateArguments if recipe == "curate" else module.ScoreInfluenceArguments,)

@@ -19,6 +19,7 @@ from test_configs import load_recipe
 from trl import TrlParser
 
 from mobilellm_hf.data.catalog import mixture
+from mobilellm_hf.independent import OwnProcess
 from mobilellm_hf.influence.leave_one_out import leave_one_out_runs, read_results
 from mobilellm_hf.influence.leave_one_out_cost import duration
 from mobilellm_hf.influence.leave_one_out_rows import declared_sources, prepare_rows
@@ -30,6 +31,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "140"}
 STEPS, ROWS = 16, 16 * 4
 SOURCES = ["code", "math", "noise"]
 RUNS = leave_one_out_runs(SOURCES, [0, 1])
+ALONE = OwnProcess(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +131,12 @@ def test_a_finished_experiment_is_reported_again_and_never_trained_again(finishe
     monkeypatch.setattr(recipe, "train_run", None)  # which would be called
     args, training = arguments(project, "--only", "math")[:2]
     recipe.check(args, training)
-    recipe.run(args, training, Console(width=140), True)
+    recipe.run(args, training, Console(width=140), ALONE)
     output = capsys.readouterr().out
     assert "4 models, 4 of them finished in an earlier run" in output and (finished[0] / "heat_map.png").exists()
     assert all(file.stat().st_mtime_ns == time for file, time in written.items())
     with pytest.raises(ValueError, match="settings.json is from a run with max_steps=16, not 12"):
-        recipe.run(args, replace_steps(training, 12), Console(quiet=True), True)
+        recipe.run(args, replace_steps(training, 12), Console(quiet=True), ALONE)
 
 
 def replace_steps(training, steps: int):
@@ -146,7 +148,7 @@ def test_too_large_a_budget_leaves_the_folder_free_for_a_smaller_one(project, tm
     recipe = load_recipe("leave_one_out")
     args, training = arguments(project, "--output_dir", str(tmp_path / "out"), "--max_steps", "200")[:2]
     with pytest.raises(ValueError, match="235 rows .* of noise do not suffice.* Lower max_steps or the batch to 56%"):
-        recipe.run(args, training, Console(quiet=True), True)
+        recipe.run(args, training, Console(quiet=True), ALONE)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["rows.lock"]
 
 
@@ -246,38 +248,6 @@ def test_what_would_shard_or_replicate_a_model_is_refused(project, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="every process trains whole models: launch with .*ddp.yaml"):
         load_recipe("leave_one_out").check(args, training)
-
-
-@pytest.mark.parametrize(
-    "given, gpus, expected",
-    [
-        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "4,6"}, 2, ("3/4", "6")),
-        ({"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3"}, 2, ("2/3", "0")),  # two share a GPU
-        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 0, ("1/2", None)),
-        ({}, 4, ("0/1", "0")),  # a plain start on a machine with GPUs
-        ({}, 1, None),
-    ],
-)
-def test_a_process_of_a_group_begins_anew_with_a_gpu_of_its_own(monkeypatch, given, gpus, expected):
-    """Stands in for GPUs, of which the machines that test this have none."""
-    recipe, begun = load_recipe("leave_one_out"), []
-    for name in (*recipe.GROUP_VARIABLES, "CUDA_VISIBLE_DEVICES", recipe.PLACE):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in (given | {"TORCHELASTIC_RUN_ID": "x"}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr(os, "execve", lambda *command: begun.append(command) or sys.exit())
-    if expected is None:
-        assert recipe.own_process() == (0, 1)
-        return
-    with pytest.raises(SystemExit):
-        recipe.own_process()
-    program, arguments, environment = begun[0]
-    assert (program, arguments) == (sys.executable, sys.orig_argv)
-    assert (environment[recipe.PLACE], environment.get("CUDA_VISIBLE_DEVICES")) == expected
-    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(environment)
-    monkeypatch.setenv(recipe.PLACE, environment[recipe.PLACE])
-    assert recipe.own_process() == tuple(map(int, expected[0].split("/")))
 
 
 def test_the_sized_file_reads_the_sources_of_phase_1_and_probes_none_of_them():

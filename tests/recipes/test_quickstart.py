@@ -55,10 +55,12 @@ def test_it_ends_with_a_table_pictures_and_a_model_that_generates(finished):
     folder, output = finished
     assert (
         "Held-out NLL" in output
-        and "[14/14] report" in output
+        and "[15/15] report" in output
+        and "device, 8da4w" in output
         and "ask-domain" in output
         and "Mid-training on" in output
     )
+    assert (folder / "device/model.pte").stat().st_size > 500_000
     weights = yaml.safe_load((folder / "influence" / "mixture.yaml").read_text())["weights"]
     assert len(weights) >= 6 and sum(weights.values()) == pytest.approx(1)
     scores = load_dataset("parquet", data_files=str(folder / "influence" / "scores.parquet"), split="train")
