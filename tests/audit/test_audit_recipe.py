@@ -312,6 +312,6 @@ def test_declared_sources_are_compared_with_the_weights_at_once(project):
         check(replace(args, sources=[{"name": "embedded:stdlib,sympy_docs"}]), training)
     with pytest.raises(ValueError, match="seed=3: an audit takes seeds"):
         arguments(project, "--seed", "3")
-    args, training = arguments(project, "--arms", "uniform", "doge", "--gradient_accumulation_steps", "2")
+    args, training = arguments(project, "--arms", "doge", "--gradient_accumulation_steps", "2")
     with pytest.raises(ValueError, match="gradient_accumulation_steps: 2, but DoReMi and DoGE"):
         check(replace(args, alpha=0.9), training)
