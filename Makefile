@@ -1,4 +1,5 @@
-# make quickstart   environment, then raw text to a model that influence chose the data of and GRPO made answer (CPU)
+# make quickstart   environment, then raw text to a model that influence chose the data of and GRPO made answer, and
+#                   to its program for a phone (CPU)
 # make test         environment, then the tests
 # make lint         ruff
 # make benchmark    every benchmark in turn
@@ -47,6 +48,8 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/curation.py
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/on_device.py --folder runs/on_device
 
 clean:
 	rm -rf $(VENV) build *.egg-info

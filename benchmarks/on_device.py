@@ -12,6 +12,7 @@ some tokens for a warm-up, then three times. Ratios are taken turn by turn, and 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -36,19 +37,27 @@ OURS = "ours"
 WORKER = Path(__file__).with_name("on_device_contenders.py")
 # Optimum plans memory for the logits of every token of the context: 16.8 GB at 32,768.
 OPTIMUM_CONTEXT = 2048
+LLAMA = ("llama_cpp", "gguf")
 SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 console = Console(width=140)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`file` is made by `make` in the folder of the models; `longest`: the last position that it is asked for."""
+    """`file` is made by `make` in the folder of the models; `longest`: the last position that it is asked for.
+
+    `needs`: modules without which it is left out.
+    """
 
     kind: str
     file: str
     make: Callable[[Path, argparse.Namespace], None]
     options: dict = field(default_factory=dict)
     longest: int = 1 << 30
+    needs: tuple[str, ...] = ()
+
+    def is_possible(self) -> bool:
+        return all(importlib.util.find_spec(name) for name in self.needs)
 
 
 def make_model(path: Path, args: argparse.Namespace) -> None:
@@ -104,9 +113,9 @@ CONTENDERS = {
     "transformers bf16": Contender("Transformers", "model", model_is_there, {"dtype": "bfloat16"}),
     "torch.compile fp32": Contender("Transformers", "model", model_is_there, {"compiled": True}),
     "Optimum": Contender("OptimumProgram", "optimum", make_optimum, longest=OPTIMUM_CONTEXT - 64),
-    "llama.cpp": Contender("LlamaCpp", "q4_0.gguf", make_gguf),
-    "llama.cpp, q8_0": Contender("LlamaCpp", "q4_0.gguf", make_gguf, {"cache": "q8_0"}),
-    "llama.cpp, no flash": Contender("LlamaCpp", "q4_0.gguf", make_gguf, {"flash_attention": False}),
+    "llama.cpp": Contender("LlamaCpp", "q4_0.gguf", make_gguf, needs=LLAMA),
+    "llama.cpp, q8_0": Contender("LlamaCpp", "q4_0.gguf", make_gguf, {"cache": "q8_0"}, needs=LLAMA),
+    "llama.cpp, no flash": Contender("LlamaCpp", "q4_0.gguf", make_gguf, {"flash_attention": False}, needs=LLAMA),
 }
 
 
@@ -219,6 +228,9 @@ def main() -> None:
     workers = {}
     for name in args.contenders:
         contender = CONTENDERS[name]
+        if not contender.is_possible():
+            console.print(f"{name} is left out: {' or '.join(contender.needs)} is not installed", style="yellow")
+            continue
         if not (folder / contender.file).exists():
             console.print(f"making {folder / contender.file}", style="dim")
             contender.make(folder / contender.file, args)
