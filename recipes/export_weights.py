@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import mobilellm_hf  # noqa: F401  # isort: skip  # first: it keeps torchao quiet, which transformers imports
+
 from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table

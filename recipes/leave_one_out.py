@@ -29,12 +29,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import mobilellm_hf  # isort: skip  # first: it keeps torchao quiet, which transformers imports
+
 import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
-import mobilellm_hf
 from mobilellm_hf.data.rows import check_entries
 from mobilellm_hf.independent import OwnProcess, launch_each
 from mobilellm_hf.influence.leave_one_out import (

@@ -23,6 +23,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import mobilellm_hf  # noqa: F401  # isort: skip  # first: it keeps torchao quiet, which transformers imports
+
 import torch
 import transformers
 from accelerate import PartialState

@@ -31,6 +31,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import mobilellm_hf  # isort: skip  # first: it keeps torchao quiet, which transformers imports
+
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -42,7 +44,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers import logging as transformers_logging
 from trl import TrlParser
 
-import mobilellm_hf
 from mobilellm_hf.data.rows import check_entries, expand_entry, load_rows, sample_per_source
 from mobilellm_hf.influence import Curvature, InfluenceScorer, rank_agreement
 from mobilellm_hf.influence.bootstrap import DRAWS, RhoDraws, bootstrap_scores, combine_seeds

@@ -146,8 +146,8 @@ def _scored_entries(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]
 
 def _locations(name: str, given: Any, entry: Mapping[str, Any] | None) -> list[Location]:
     remedy = (
-        f"datasets has no place of {name!r}: write {name}: {{path: a Hub id, folder or file, name: CONFIGURATION, "
-        "split: train, column: text}, all but the path as needed"
+        f"datasets has no place of {name!r}: in the file of --config write, under datasets, {name}: {{path: a Hub id, "
+        "folder or file, name: CONFIGURATION, split: train, column: text}, all but the path as needed"
     )
     if given is not None:
         places = given if isinstance(given, list) else [given]

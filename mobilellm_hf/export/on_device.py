@@ -276,7 +276,7 @@ def _find_program(path: Path) -> Path:
 def _load(path: Path):
     """The program in ExecuTorch's runtime, with the kernels of the llama and the quantized operators."""
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch, _threadpool_get_thread_count
     from executorch.kernels import quantized  # noqa: F401
 
     with open(path, "rb") as file:
@@ -285,6 +285,7 @@ def _load(path: Path):
         raise ValueError(f"{path} is not an ExecuTorch program")
     try:
         with quiet(), silent_runtime():
+            _threadpool_get_thread_count()  # which makes the pool, and tells of it
             module = _load_for_executorch(str(path))
             if METHOD not in module.method_names():
                 raise ValueError(f"{path} has no method {METHOD!r}, only {', '.join(module.method_names())}")
