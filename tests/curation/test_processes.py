@@ -105,4 +105,4 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
     assert done.returncode == 0, done.stderr[-2_000:]
     peaks = json.loads(done.stdout.splitlines()[-1])
     assert list(peaks) == ["2000", "4000", "8000"]
-    assert peaks["8000"] < peaks["2000"] + 12e6, peaks
+    assert peaks["8000"] < peaks["2000"] + 30e6, peaks  # of 72 MB more text
