@@ -87,6 +87,8 @@ def show(release: Release, console: Console) -> None:
     target = release.target
     console.print(files_table(release.files, release.left_out.items()))
     console.print(f"to {target.repo}, branch {target.branch}", markup=False, soft_wrap=True)
+    if release.license is not None:
+        console.print(f"licence: {release.license}", markup=False, soft_wrap=True)
     for source, license in release.licenses.items():
         console.print(f"licence of {source}: {license}", style="dim", markup=False, soft_wrap=True)
     for note in release.notes:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from mobilellm_hf.evaluation.suites import SUITES, Task, find_tasks
 from mobilellm_hf.launch import option
 
@@ -61,13 +63,24 @@ class EvaluationArguments:
         self.revision_of_tasks()
         return found
 
+    def check_folders(self) -> None:
+        """Raises a ValueError if the model or the tokenizer is neither a folder or file that exists nor a Hub id."""
+        for name in ("model", "tokenizer"):
+            value = getattr(self, name)
+            if value is None or Path(value).exists():
+                continue
+            try:
+                validate_repo_id(value)
+            except HFValidationError as error:
+                raise ValueError(f"{name}: the folder {value} does not exist, and no Hub id is written so") from error
+
     def revision_of_tasks(self) -> Mapping[str, str]:
         """`revisions` by task."""
         pairs = [entry.partition("=") for entry in self.revisions]
-        for (task, _, revision), entry in zip(pairs, self.revisions):
+        for (_, _, revision), entry in zip(pairs, self.revisions):
             if not revision:
                 raise ValueError(f"revisions: {entry!r} must be written TASK=COMMIT")
-            find_tasks([], [task])
+        find_tasks([], [task for task, _, _ in pairs])
         return {task: revision for task, _, revision in pairs}
 
     def options(self) -> dict[str, Any]:

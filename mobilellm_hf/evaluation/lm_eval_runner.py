@@ -89,7 +89,10 @@ def _run(
     samples = [sample for sample in found["samples"][part.task_name] if sample["filter"] == task.filter]
     judged = {record.key: record for record in _records(task, part, lm, samples)}
     write_finished(folder, (load_parts(folder) | judged).values())
-    result = _result(task, part, lm, found["results"][part.task_name], len(samples), source)
+    result = _result(task, part, found["results"][part.task_name], len(samples), source)
+    result.details["prompts"] = sum(len(sample["arguments"]) for sample in samples)
+    if lm.truncated:
+        result.details["truncated_prompts"] = lm.truncated
     if limit is not None and len(samples) < len(part.eval_docs):
         result.details["limit"] = limit
     if apply_chat_template:
@@ -130,7 +133,7 @@ def quiet() -> Iterator[None]:
 
 
 def _result(
-    task: LmEvalTask, part: ConfigurableTask, lm: RecordedLM, metrics: Mapping[str, Any], documents: int, source: str
+    task: LmEvalTask, part: ConfigurableTask, metrics: Mapping[str, Any], documents: int, source: str
 ) -> TaskResult:
     values = {name: float(value) for name, value in metrics.items() if isinstance(value, float | int)}
     details: dict[str, Any] = {
@@ -142,8 +145,6 @@ def _result(
     }
     if part.OUTPUT_TYPE == "generate_until":
         details["generation"] = dict(part.config.generation_kwargs)
-    if lm.truncated:
-        details["truncated_prompts"] = lm.truncated
     return TaskResult(
         task=task.name,
         metric=task.metric,
@@ -166,6 +167,8 @@ def _pooled(task: LmEvalTask, results: Sequence[TaskResult]) -> TaskResult:
     if limits := {result.details["limit"] for result in results if "limit" in result.details}:
         (details["limit"],) = limits  # of the run; parts with fewer documents than that do not have it
     details["parts"] = {result.details["lm_eval_task"]: result.value for result in results}
+    if all("prompts" in result.details for result in results):
+        details["prompts"] = sum(result.details["prompts"] for result in results)
     if cut := sum(result.details.get("truncated_prompts", 0) for result in results):
         details["truncated_prompts"] = cut
     return replace(

@@ -11,6 +11,8 @@ asks for the rest. One output folder is of one model:
     SUITE.png                   the values with 95% intervals beside the paper's models of that size
     .eval_results/TASK.yaml     for the model's repository on the Hub
     model_index.yaml            for the head of its model card
+
+The last two are written of what may be published, see `metadata`; the run's last lines say what was not, and why.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ except ImportError as error:
 
 from mobilellm_hf.evaluation.arguments import EvaluationArguments
 from mobilellm_hf.evaluation.lm_eval_runner import run_lm_eval_task
-from mobilellm_hf.evaluation.metadata import write_metadata
+from mobilellm_hf.evaluation.metadata import why_not_public, write_metadata
 from mobilellm_hf.evaluation.models import Evaluated, load_context, load_model, load_tokenizer
 from mobilellm_hf.evaluation.plan import Planned, make_plan
 from mobilellm_hf.evaluation.plots import plot_suite
 from mobilellm_hf.evaluation.recorded_lm import Team
-from mobilellm_hf.evaluation.results import TaskResult, prompts_cut
+from mobilellm_hf.evaluation.results import TaskResult, is_measured, prompts_cut
 from mobilellm_hf.evaluation.sampled_tasks import run_sampled_task
 from mobilellm_hf.evaluation.suites import SUITES, SampledTask
 from mobilellm_hf.evaluation.tables import plan_table, suite_table, suites_table, tasks_table
@@ -79,20 +81,25 @@ def run_evaluation(
             `mobilellm_hf.export.evaluated` has. The tokenizer is read from `args.model`, unless another is named.
 
     Raises:
-        ValueError: nothing of it can be run, which is found before the model is loaded; or, at the end, tasks failed.
+        ValueError: nothing of it can be run, which is found before the model is loaded; or, at the end, tasks failed,
+            or in a dry run are known to.
     """
     if args.list_tasks:
-        console.print(suites_table())
+        for suite in SUITES.values():
+            console.print(suites_table(suite))
         return None
     tasks = args.check()
+    args.check_folders()
     tokenizer = load_tokenizer(args.tokenizer or args.model, None if args.tokenizer else args.model_revision)
     with PartialState().main_process_first():
         plan = make_plan(args, tasks, tokenizer, find_context(args.model, args.model_revision))
     _tell(plan, console)
     if args.dry_run:
         console.print(plan_table(plan, args.limit, args.samples))
-        return None
     _refuse_if_nothing_runs(plan)
+    if args.dry_run:
+        _refuse_if_any([planned.task.name for planned in plan if planned.problem], plan, "cannot be run")
+        return None
     evaluated = load(
         args.model, tokenizer=tokenizer, revision=args.model_revision, dtype=args.dtype,
         attn_implementation=args.attn_implementation, batch_size=args.batch_size,
@@ -101,9 +108,7 @@ def run_evaluation(
     _run(args, evaluated, [planned for planned in plan if not planned.problem], evaluation, console)
     if PartialState().is_main_process:
         _finish(Path(args.output_dir), evaluation, console)
-    if evaluation.errors:
-        names = ", ".join(evaluation.errors)
-        raise ValueError(f"{len(evaluation.errors)} of {len(plan)} tasks failed ({names}); the others are kept")
+    _refuse_if_any(list(evaluation.errors), plan, "failed", "; the others are kept")
     return evaluation
 
 
@@ -116,6 +121,11 @@ def _tell(plan: Sequence[Planned], console: Console) -> None:
 def _refuse_if_nothing_runs(plan: Sequence[Planned]) -> None:
     if all(planned.problem for planned in plan):
         raise ValueError("none of the tasks can be run: " + "; ".join(planned.problem for planned in plan))
+
+
+def _refuse_if_any(names: Sequence[str], plan: Sequence[Planned], what: str, remark: str = "") -> None:
+    if names:
+        raise ValueError(f"{len(names)} of {len(plan)} tasks {what} ({', '.join(names)}){remark}")
 
 
 def _begin(args: EvaluationArguments, evaluated: Evaluated, plan: list[Planned], console: Console) -> Evaluation:
@@ -184,11 +194,17 @@ def _run(
                     console.print(f"{name} failed: {error.splitlines()[0]}", style="red", markup=False, soft_wrap=True)
                 elif result is not None:
                     evaluation.results[name] = result
-                    cut = prompts_cut(result)
-                    lost = f", {cut:,} prompts do not fit the context" if cut else ""
-                    stage.say(f"{result.metric} {result.value:.1%}{lost}")
+                    stage.say(_said(result))
                 if PartialState().is_main_process:
                     _write_results(Path(args.output_dir), evaluation)
+
+
+def _said(result: TaskResult) -> str:
+    if not is_measured(result):
+        return "no prompt fits the context: no value"
+    cut = prompts_cut(result)
+    lost = f", {cut:,} prompts do not fit the context" if cut else ""
+    return f"{result.metric} {result.value:.1%}{lost}"
 
 
 def _run_task(
@@ -244,11 +260,18 @@ def _write_results(folder: Path, evaluation: Evaluation) -> None:
 
 def _finish(folder: Path, evaluation: Evaluation, console: Console) -> None:
     _write_results(folder, evaluation)
-    write_metadata(folder, Path(evaluation.model["name"]).name, evaluation.results)
-    name, parameters = evaluation.model["name"], evaluation.model["parameters"]
-    console.print(tasks_table(evaluation.results))
+    name, parameters, results = Path(evaluation.model["name"]).name, evaluation.model["parameters"], evaluation.results
+    written = ["results.json"] + (["records/"] if (folder / "records").exists() else [])
+    if write_metadata(folder, name, results):
+        written += [".eval_results/", "model_index.yaml"]
+    console.print(tasks_table(results))
     for suite in SUITES.values():
-        if any(task in evaluation.results for task in suite.tasks):
-            console.print(suite_table(suite, Path(name).name, parameters, evaluation.results))
-            plot_suite(suite, Path(name).name, parameters, evaluation.results, folder / f"{suite.name}.png")
-    console.print(f"{folder}: results.json, records/, .eval_results/, model_index.yaml and a picture a suite")
+        if any(task in results for task in suite.tasks):
+            console.print(suite_table(suite, name, parameters, results))
+            if plot_suite(suite, name, parameters, results, folder / f"{suite.name}.png"):
+                written.append(f"{suite.name}.png")
+    console.print(f"{folder}: {', '.join(written)}", markup=False, soft_wrap=True)
+    held_back = {task: reason for task, result in results.items() if (reason := why_not_public(result))}
+    if held_back:
+        told = "; ".join(f"{task}: {reason}" for task, reason in held_back.items())
+        console.print(f"not among the files for the Hub: {told}", markup=False, soft_wrap=True)

@@ -28,6 +28,8 @@ class TaskData:
         files: what a local copy may be called, `NAME_SPLIT` or `NAME`, with .jsonl, .json or .parquet.
         example_split: that examples of the prompt are taken from, where they are not part of the task.
         hub_files: the JSON files of the split, where the repository has a script to read them, which is not run.
+        documents: in the split; a result over another number is not the benchmark's. None where that is not known, and
+            no result counts as the benchmark's.
     """
 
     hub_id: str
@@ -38,6 +40,7 @@ class TaskData:
     files: tuple[str, ...] = ()
     example_split: str | None = None
     hub_files: tuple[str, ...] = ()
+    documents: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,14 @@ def _columns(*names: str) -> dict[str, str]:
 
 
 # Revisions were the newest in November 2026, as published by others who pin them; for lighteval/siqa none was found.
+# The numbers of documents are those that the data sets' cards state for the split.
 MATH500 = TaskData(
     "HuggingFaceH4/MATH-500", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "default",
-    _columns("problem", "solution"), ("math500", "math"),
+    _columns("problem", "solution"), ("math500",), documents=500,
 )  # fmt: skip
 GSM8K = TaskData(
     "openai/gsm8k", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "main",
-    _columns("question", "answer"), ("gsm8k",),
+    _columns("question", "answer"), ("gsm8k",), documents=1_319,
 )  # fmt: skip
 ARC_REVISION = "210d026faf9955653af8916fad021475a3f00453"
 ARC_COLUMNS = _columns("question", "choices", "answerKey")
@@ -123,64 +127,70 @@ BASE_TASKS = (
     LmEvalTask(
         "mbpp", "mbpp/mbpp.yaml",
         TaskData("google-research-datasets/mbpp", "test", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "full",
-                 _columns("text", "test_list"), ("mbpp",)),
+                 _columns("text", "test_list"), ("mbpp",), documents=500),
         3, "pass@1", code=True,
     ),
     LmEvalTask(
         "humaneval", "humaneval/humaneval.yaml",
         TaskData("openai/openai_humaneval", "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", None,
-                 _columns("prompt", "test", "entry_point"), ("humaneval",)),
+                 _columns("prompt", "test", "entry_point"), ("humaneval",), documents=164),
         0, "pass@1", "create_test", code=True,
     ),
     LmEvalTask(
         "arc_easy", "arc/arc_easy.yaml",
-        TaskData("allenai/ai2_arc", "test", ARC_REVISION, "ARC-Easy", ARC_COLUMNS, ("arc_easy",)), 0, "acc_norm",
+        TaskData("allenai/ai2_arc", "test", ARC_REVISION, "ARC-Easy", ARC_COLUMNS, ("arc_easy",),
+                 documents=2_376),
+        0, "acc_norm",
     ),
     LmEvalTask(
         "arc_challenge", "arc/arc_challenge.yaml",
-        TaskData("allenai/ai2_arc", "test", ARC_REVISION, "ARC-Challenge", ARC_COLUMNS, ("arc_challenge",)),
+        TaskData("allenai/ai2_arc", "test", ARC_REVISION, "ARC-Challenge", ARC_COLUMNS, ("arc_challenge",),
+                 documents=1_172),
         0, "acc_norm",
     ),
     LmEvalTask(
         "boolq", "super_glue/boolq/default.yaml",
         TaskData("aps/super_glue", "validation", "3de24cf8022e94f4ee4b9d55a6f539891524d646", "boolq",
-                 _columns("passage", "question", "label"), ("boolq",)),
+                 _columns("passage", "question", "label"), ("boolq",), documents=3_270),
         0, "acc",
     ),
     LmEvalTask(
         "piqa", "piqa/piqa.yaml",
         TaskData("baber/piqa", "validation", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1", None,
-                 _columns("goal", "sol1", "sol2", "label"), ("piqa",)),
+                 _columns("goal", "sol1", "sol2", "label"), ("piqa",), documents=1_838),
         0, "acc_norm",
     ),
     LmEvalTask(
         "social_iqa", "siqa/siqa.yaml",
         TaskData("lighteval/siqa", "validation", None, None,
-                 _columns("context", "question", "answerA", "answerB", "answerC", "label"), ("social_iqa", "siqa")),
+                 _columns("context", "question", "answerA", "answerB", "answerC", "label"), ("social_iqa", "siqa"),
+                 documents=1_954),
         0, "acc",
     ),
     LmEvalTask(
         "hellaswag", "hellaswag/hellaswag.yaml",
         TaskData("Rowan/hellaswag", "validation", "218ec52e09a7e7462a5400043bb9a69a41d06b76", None,
-                 _columns("ctx_a", "ctx_b", "activity_label", "endings", "label"), ("hellaswag",)),
+                 _columns("ctx_a", "ctx_b", "activity_label", "endings", "label"), ("hellaswag",),
+                 documents=10_042),
         0, "acc_norm",
     ),
     LmEvalTask(
         "openbookqa", "openbookqa/openbookqa.yaml",
         TaskData("allenai/openbookqa", "test", "388097ea7776314e93a529163e0fea805b8a6454", "main",
-                 _columns("question_stem", "choices", "answerKey"), ("openbookqa",)),
+                 _columns("question_stem", "choices", "answerKey"), ("openbookqa",), documents=500),
         0, "acc_norm",
     ),
     LmEvalTask(
         "winogrande", "winogrande/default.yaml",
         TaskData("allenai/winogrande", "validation", "01e74176c63542e6b0bcb004dcdea22d94fb67b5", "winogrande_xl",
-                 _columns("sentence", "option1", "option2", "answer"), ("winogrande",)),
+                 _columns("sentence", "option1", "option2", "answer"), ("winogrande",), documents=1_267),
         0, "acc",
     ),
     LmEvalTask(
         "mmlu", "mmlu/default/mmlu_*.yaml",
         TaskData("cais/mmlu", "test", "c30699e8356da336a370243923dbaf21066bb9fe", None,
-                 _columns("question", "choices", "answer", "subject"), ("mmlu",), "dev"),
+                 _columns("question", "choices", "answer", "subject"), ("mmlu",), "dev",
+                 documents=14_042),
         5, "acc",
     ),
 )  # fmt: skip
@@ -199,13 +209,13 @@ REASONING_TASKS = (
     SampledTask(
         "aime24",
         TaskData("Maxwell-Jia/AIME_2024", "train", "8d88b2876a82a080e2f172cc9b25d0d9d2cb4792", None,
-                 {"problem": "Problem", "answer": "Answer"}, ("aime24",)),
+                 {"problem": "Problem", "answer": "Answer"}, ("aime24",), documents=30),
         "{problem}", "math", 64, MATH_SYSTEM,
     ),
     SampledTask(
         "aime25",
         TaskData("math-ai/aime25", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", None,
-                 _columns("problem", "answer"), ("aime25",)),
+                 _columns("problem", "answer"), ("aime25",), documents=30),
         "{problem}", "math", 64, MATH_SYSTEM,
     ),
     SampledTask(
@@ -214,7 +224,8 @@ REASONING_TASKS = (
                  "release_v6",
                  _columns("question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata"),
                  ("livecodebench_v6", "livecodebench"), None,
-                 ("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl")),
+                 ("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl", "test6.jsonl"),
+                 1_055),
         "{question_content}", "code", 16, CODE_SYSTEM,
     ),
 )  # fmt: skip
@@ -254,17 +265,20 @@ def find_tasks(suites: Sequence[str], tasks: Sequence[str]) -> list[Task]:
     """All tasks of the suites and the tasks named besides, each once.
 
     Raises:
-        ValueError: there is no such suite or task; the message lists those that there are and names the nearest.
+        ValueError: suites or tasks are unknown; the message names all of them, those that there are and the nearest.
     """
-    _check_names("suite", suites, SUITES)
-    _check_names("task", tasks, TASKS)
+    problems = [_unknown("suite", suites, SUITES), _unknown("task", tasks, TASKS)]
+    if any(problems):
+        raise ValueError("; ".join(filter(None, problems)))
     names = [name for suite in suites for name in SUITES[suite].tasks]
     return [TASKS[name] for name in dict.fromkeys([*names, *tasks])]
 
 
-def _check_names(what: str, names: Iterable[str], known: Mapping[str, object]) -> None:
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f". Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"there is no {what} {name!r}; there are {', '.join(known)}{hint}")
+def _unknown(what: str, names: Iterable[str], known: Mapping[str, object]) -> str:
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
+    if not unknown:
+        return ""
+    close = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1, cutoff=0.5)]
+    hint = f". Did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+    said = f"is no {what}" if len(unknown) == 1 else f"are no {what}s"
+    return f"there {said} {', '.join(map(repr, unknown))}; there are {', '.join(known)}{hint}"

@@ -7,7 +7,8 @@ The output folder gets
     model.pte                       the program, for XNNPACK and ExecuTorch's llama operators
     tokenizer.json, ...             the tokenizer with its chat template, as ExecuTorch's llama runner reads it
     config.json, ...                the model's configuration
-    export.json                     the settings, the versions, what every layer became, the size of every part
+    export.json                     the settings, the versions, what every layer became, the size of every part, and
+                                    which weights it was made of
 
 It is written under another name first: it is whole or absent.
 """
@@ -25,11 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 import mobilellm_hf
+from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.data.tokenization import check_tokenizer
 from mobilellm_hf.export.arguments import MAX_SEQ_LEN, ExportArguments
 from mobilellm_hf.export.graph import OnDeviceGraph
@@ -70,6 +74,7 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             memory, disk = check_room(config, quantization, context, cache_dtype, folder)
             tokenizer = load_tokenizer(args.model, config)
             model = MobileLLMForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
+            identity = identity_of(args.model, model)  # before quantization changes them
             stage.say(f"{model.num_parameters():,} parameters, up to {memory / 1e9:.1f} GB of memory")
         parts, parameters = stored_bytes(model, quantization), model.num_parameters()
         eos = model.generation_config.eos_token_id
@@ -90,7 +95,7 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             tokenizer.save_pretrained(partial)
             config.save_pretrained(partial)
             model.generation_config.save_pretrained(partial)
-            report = report_of(args, quantization, layers, parts, parameters, context, graph.prefill)
+            report = report_of(args, identity, quantization, layers, parts, parameters, context, graph.prefill)
             (partial / REPORT).write_text(json.dumps(report, indent=2))
             shutil.rmtree(folder, ignore_errors=True)  # which is empty
             os.replace(partial, folder)
@@ -140,6 +145,18 @@ def load_tokenizer(name: str, config: MobileLLMConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+def identity_of(name: str, model: MobileLLMForCausalLM) -> str:
+    """Of a folder's weights, by which a release knows them again; of a Hub id its commit, as a branch moves on.
+
+    Args:
+        model: what was loaded, which tells where the cache knows no commit.
+    """
+    if Path(name).is_dir():
+        return model_identity(name)
+    file = try_to_load_from_cache(name, CONFIG_NAME)  # where loading just put it
+    return model_identity(name, Path(file).parent.name) if isinstance(file, str) else model_identity(model)
+
+
 def summary_of(layers: Mapping[str, QuantizedLayer]) -> str:
     """How many layers became what: '46 8da4w in groups of 32, 1 4w in groups of 576'."""
     counts = Counter((layer.scheme, layer.group_size) for layer in layers.values())
@@ -165,6 +182,7 @@ def verify(path: Path, graph: OnDeviceGraph) -> None:
 
 def report_of(
     args: ExportArguments,
+    identity: str,
     quantization: Quantization,
     layers: Mapping[str, QuantizedLayer],
     parts: Mapping[str, int],
@@ -175,6 +193,7 @@ def report_of(
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {
         "model": args.model,
+        "identity": identity,
         "parameters": parameters,
         "context": context,
         "prefill": prefill,

@@ -31,7 +31,9 @@ class ReleaseArguments:
     )
     llama4: bool = option("also the llama4_text twin: for plain transformers, llama.cpp, MLX", False)
     data_set: str | None = option("release a data set instead: folder of a curation, of scores or of a teacher cache")
-    license: str | None = option("of what is released, as the Hub calls it: apache-2.0, other, ...")
+    license: str | None = option(
+        "of what is released, as the Hub calls it: apache-2.0, ... By default what the model's own README.md says"
+    )
     base_model: str | None = option("Hub id of the model it goes on from; by default what the run's settings say")
     collection: str | None = option("title or slug of a collection to put the repository into")
     private: bool = option("a new repository, or collection, is private", False)

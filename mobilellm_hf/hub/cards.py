@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from huggingface_hub import DatasetCardData, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
 from markdown_it import MarkdownIt
 
 import mobilellm_hf
 from mobilellm_hf.evaluation.results import marks_of
 from mobilellm_hf.hub.blocks import NOT_RUN, Record, code_blocks
-from mobilellm_hf.hub.sources import public_settings
+from mobilellm_hf.hub.files import CARD
+from mobilellm_hf.hub.results import cuts_of
+from mobilellm_hf.hub.sources import public_settings, without_places
 
 SHAPE = {
     "num_hidden_layers": "layers",
@@ -81,6 +84,7 @@ def render(template: str, context: Mapping[str, Any], record: Record | None = No
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     environment.filters |= {"cell": _cell, "linked": _linked, "literal": _literal, "public": public_settings}
+    environment.filters["cuts"] = cuts_of
     environment.filters["marks"] = lambda result: marks_of([result])
     try:
         found = environment.get_template(template)
@@ -174,6 +178,25 @@ def description_of(card: str, pictures: Sequence[Picture] = ()) -> str:
     for picture in pictures:
         text = text.replace(f"]({Path(picture.path).name})", f"]({picture.path})")
     return text
+
+
+def own_description(folder: Path, pictures: Sequence[Picture] = ()) -> str:
+    """What the README.md of a model or a data set says of it, without paths of this machine."""
+    own = folder / CARD
+    return without_places(description_of(own.read_text(), pictures)) if own.exists() else ""
+
+
+def license_of(card: Path) -> str | None:
+    """What the metadata of a card that somebody wrote say; None if they say nothing, or there is no card.
+
+    Raises:
+        ValueError: its metadata are no YAML.
+    """
+    try:
+        metadata = metadata_load(card) if card.exists() else None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata of {card} cannot be read: {error}") from error
+    return (metadata or {}).get("license")
 
 
 def to_html(card: str, title: str) -> str:

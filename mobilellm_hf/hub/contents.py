@@ -45,8 +45,8 @@ def twin_files(folder: Path, files: Sequence[ReleaseFile]) -> list[ReleaseFile]:
 def run_files(facts: ModelFacts, evaluation: Path | None) -> list[ReleaseFile]:
     """`training/`: settings and mixtures of the run and of the stages before it; and the results of an evaluation."""
     files = [*_of_run(facts, "training")]
-    for before in facts.stages_before:
-        files += _of_run(before, f"training/{before.folder.name}")
+    for label, before in facts.labelled_before.items():
+        files += _of_run(before, f"training/{label}")
     if evaluation is not None:
         files.append(ReleaseFile("evaluation/results.json", _public_results(evaluation / "results.json")))
         entries = sorted((evaluation / ".eval_results").glob("*.yaml"))

@@ -18,10 +18,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from mobilellm_hf.hub.cards import data_set_metadata
+from mobilellm_hf.hub.cards import data_set_metadata, own_description
 from mobilellm_hf.hub.contents import as_pictures
 from mobilellm_hf.hub.files import CARD, PICKLES, ReleaseFile, read_json
-from mobilellm_hf.hub.package import RECORD, Release, licenses_of, own_description, release_folder, with_card
+from mobilellm_hf.hub.package import RECORD, Release, licenses_of, release_folder, with_card
 from mobilellm_hf.hub.sources import (
     SourceFacts,
     described,

@@ -21,49 +21,14 @@ import yaml
 from mobilellm_hf.evaluation.results import TaskResult, legend, marks_of
 from mobilellm_hf.evaluation.suites import SUITES
 from mobilellm_hf.hub.files import read_json, read_json_lines, tensor_sizes, weight_files
+from mobilellm_hf.hub.labels import DISTILLATION, HYPERPARAMETERS, RESAMPLING
 from mobilellm_hf.hub.programs import Program
 from mobilellm_hf.hub.results import SuiteFacts, check_identity, read_results, suite_facts
 from mobilellm_hf.hub.sources import SourceFacts, described, is_hub_id, public_name, sources_of, unknown_licenses
 from mobilellm_hf.training.monitors import PROBE_PREFIX, probe_history
 from mobilellm_hf.training.pass_rate import PassRate
 
-# Fields of a run's settings in the order in which a card shows them, and what it calls them.
-HYPERPARAMETERS = {
-    "learning_rate": "peak learning rate",
-    "final_learning_rate": "final learning rate, as a share of the peak",
-    "lr_scheduler_type": "schedule",
-    "warmup_steps": "warm-up steps (below 1: a share)",
-    "max_steps": "steps",
-    "num_train_epochs": "epochs",
-    "rows_per_step": "rows a step",
-    "completions_per_step": "completions a step",
-    "num_generations": "completions of a prompt",
-    "seq_length": "tokens of a row",
-    "max_length": "tokens of a row",
-    "max_completion_length": "tokens of a completion, at most",
-    "optim": "optimizer",
-    "adam_beta1": "Adam, beta 1",
-    "adam_beta2": "Adam, beta 2",
-    "adam_epsilon": "Adam, epsilon",
-    "weight_decay": "weight decay",
-    "max_grad_norm": "gradients clipped at",
-    "beta": "KL coefficient",
-    "loss_type": "loss",
-    "mixed_precision": "mixed precision",
-    "bf16": "bf16",
-    "seed": "seed",
-}
 TOLD_BY = {"num_generations": "grpo", "proxy_steps": "quickstart"}
-DISTILLATION = {"temperature": "temperature", "alpha": "share of the divergence in the loss"}
-RESAMPLING = {
-    "resample_every": "steps between two rounds",
-    "resample_at_start": "a round before the first step",
-    "curvature": "curvature",
-    "reject": "rejected",
-    "reject_rule": "whose influence counts",
-    "reweigh": "sources weighed anew",
-    "candidates_per_source": "rows of a source that a round scores",
-}
 
 
 @dataclass(frozen=True)
@@ -177,6 +142,7 @@ class ModelFacts:
     def data(self) -> list[SourceFacts] | None:
         """What was read: of the mixture that was drawn, of conversations, or else of what the settings name."""
         named = {source.name: source for source in sources_of(self.settings or {})}
+        weights = self._weights()
         if mixture := self._document("mixture.yaml"):
             drawn = mixture["drawn"]
             rows = sum(line["rows"] for line in drawn.values()) or 1
@@ -191,10 +157,25 @@ class ModelFacts:
                 for line in conversations
             }
         elif self.influence_mixture is not None:
-            found = dict.fromkeys(yaml.safe_load(self.influence_mixture.read_text())["weights"], {})
+            found = dict.fromkeys(weights, {})
         else:
             found = {name: {} for name in named}
-        return [_with_source(name, named, figures) for name, figures in found.items()] or None
+        return [
+            _with_source(name, named, {"weight": weights.get(name), **figures}) for name, figures in found.items()
+        ] or None
+
+    @cached_property
+    def weights_from(self) -> str | None:
+        """The file of `training/` whose weights the table of data shows."""
+        if self.data is None or all(source.weight is None for source in self.data):
+            return None
+        return "mixture.yaml" if self._document("mixture.yaml") else "influence_mixture.yaml"
+
+    def _weights(self) -> dict[str, float]:
+        """Source -> weight: the last ones of the mixture that was drawn, else those that influence gave."""
+        if mixture := self._document("mixture.yaml"):
+            return mixture["weights"]
+        return yaml.safe_load(self.influence_mixture.read_text())["weights"] if self.influence_mixture else {}
 
     @cached_property
     def influence_mixture(self) -> Path | None:
@@ -251,6 +232,15 @@ class ModelFacts:
             seen.add(current.run)
             before.append(current)
         return before[::-1]
+
+    @cached_property
+    def labelled_before(self) -> dict[str, ModelFacts]:
+        """The stages before by name: what their settings say, else the run's folder, which no two stages share."""
+        named: dict[str, ModelFacts] = {}
+        for before in self.stages_before:
+            label = before.stage or before.run.name
+            named[label if label not in named else f"{label}-{len(named) + 1}"] = before
+        return named
 
     @cached_property
     def data_before(self) -> list[SourceFacts]:

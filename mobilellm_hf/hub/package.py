@@ -17,28 +17,25 @@ from typing import Any
 
 from rich.console import Console
 
-from mobilellm_hf.export.requirements import INSTALL
 from mobilellm_hf.hub.blocks import Record, code_blocks, run_block, staged_hub, weights_of
 from mobilellm_hf.hub.cards import (
-    Picture,
-    architecture,
-    description_of,
+    license_of,
     model_metadata,
     render,
     to_html,
 )
 from mobilellm_hf.hub.contents import find_pictures, run_files, twin_files
+from mobilellm_hf.hub.context import context_of
 from mobilellm_hf.hub.facts import ModelFacts
 from mobilellm_hf.hub.files import CARD, ReleaseFile, files_table, model_files
 from mobilellm_hf.hub.leaks import scan
 from mobilellm_hf.hub.ledger import LEDGER, Ledger
 from mobilellm_hf.hub.programs import Program
-from mobilellm_hf.hub.sources import SourceFacts, is_hub_id, without_places
-from mobilellm_hf.hub.stages import ON_DEVICE, TEMPLATES, TITLES, Target
+from mobilellm_hf.hub.sources import SourceFacts, is_hub_id
+from mobilellm_hf.hub.stages import ON_DEVICE, TEMPLATES, Target
 from mobilellm_hf.workspace import write_whole
 
 RECORD = "verification.json"
-NEW_TOKENS = {True: 512, False: 32}
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Release:
         licenses: of the data, by source.
         folder: where it is looked at, and what remembers what was sent from here.
         summary: what a collection says of it.
+        license: of what is released, and who says so.
     """
 
     target: Target
@@ -61,6 +59,7 @@ class Release:
     notes: tuple[str, ...] = ()
     licenses: dict[str, str] = field(default_factory=dict)
     summary: str | None = None
+    license: str | None = None
 
     @property
     def card(self) -> str:
@@ -140,7 +139,8 @@ def package_model(
         pte: what `recipes/export.py` made of the model, the folder or the .pte in it. Of the stage on-device it takes
             the place of the weights.
         llama4: whether `llama4_text/` is in it.
-        license: of the weights, as the Hub calls it; none is not written into the card.
+        license: of the weights, as the Hub calls it; by default what the metadata of the folder's own card say. None
+            is not written into the card.
         base_model: Hub id; by default that of the settings, or where the stage before was released from here; of the
             stage on-device, where the model was.
         staging: where it is looked at; by default beside the model, or beside the program that takes its place.
@@ -162,13 +162,18 @@ def package_model(
     pictures, picture_files = find_pictures(facts, evaluation)
     files += picture_files
     staging = staging or release_folder(program.folder if alone else folder)
-    context = _context(target, facts, pictures, program, llama4, license)
+    said_by = "as the option license says" if license else f"as {folder / CARD} says"
+    license = license or license_of(folder / CARD)
+    context = context_of(target, facts, pictures, program, llama4, license)
     context["card_data"] = _metadata(target, facts, program, license, base_model)
     files += run_files(facts, evaluation)
     files = with_card(TEMPLATES[target.stage], context, files, staging / RECORD)
     notes = _notes(facts, license, target.stage == ON_DEVICE and "base_model" not in context["card_data"])
     summary = f"{facts.parameters:,} parameters"
-    return Release(target, files, staging, left_out, tuple(notes), licenses_of(facts.licensed), summary)
+    return Release(
+        target, files, staging, left_out, tuple(notes), licenses_of(facts.licensed), summary,
+        f"{license}, {said_by}" if license else None,
+    )  # fmt: skip
 
 
 def _program(pte: Path | None, model: Path, target: Target, llama4: bool) -> Program | None:
@@ -209,56 +214,6 @@ def with_card(
         document = {"weights": record.weights, "blocks": record.blocks}
         extra.append(ReleaseFile(RECORD, (json.dumps(document, indent=2) + "\n").encode()))
     return sorted([*files, *extra], key=lambda file: file.path)
-
-
-def _context(
-    target: Target,
-    facts: ModelFacts,
-    pictures: list[Picture],
-    program: Program | None,
-    llama4: bool,
-    license: str | None,
-) -> dict[str, Any]:
-    shape = architecture(facts.config, facts.parameters)
-    if target.stage == ON_DEVICE:
-        shape.pop("weights saved as", None)  # which is what was exported, and not as what
-    description = own_description(facts.folder, pictures)
-    name = target.repo.split("/")[1]
-    longest = NEW_TOKENS[facts.has_chat_template]
-    context_length = facts.config["max_position_embeddings"]
-    program_context = program.report["context"] if program else context_length
-    return {
-        "target": target,
-        "name": name,
-        "title": name if target.branch == "main" else target.branch,
-        "stage_title": TITLES[target.stage],
-        "facts": facts,
-        "architecture": shape,
-        "description": description,
-        "pictures": [picture for picture in pictures if f"]({picture.path})" not in description],
-        "program": program.facts if program else None,
-        "program_new_tokens": min(longest, program_context // 2),
-        "executorch": INSTALL,
-        "twin": llama4,
-        "license": license,
-        "new_tokens": min(longest, context_length // 2),
-        "limits": list(_limits(facts, program_context if target.stage == ON_DEVICE else context_length)),
-    }
-
-
-def own_description(folder: Path, pictures: Sequence[Picture] = ()) -> str:
-    """What the README.md of a model or a data set says of it, without paths of this machine."""
-    own = folder / CARD
-    return without_places(description_of(own.read_text(), pictures)) if own.exists() else ""
-
-
-def _limits(facts: ModelFacts, context_length: int) -> Iterator[str]:
-    yield f"Its context is {context_length:,} tokens, those that it generates included."
-    if facts.evaluation is None:
-        yield "No benchmark was run on it."
-    for result in facts.evaluation or ():
-        if limit := result.details.get("limit"):
-            yield f"Of {result.task} {limit} documents were asked, not all."
 
 
 def _base_model(facts: ModelFacts, target: Target) -> str | None:

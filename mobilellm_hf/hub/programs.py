@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.export.on_device import FILE_IDENTIFIER
 from mobilellm_hf.export.program import PROGRAM, REPORT
 from mobilellm_hf.hub.files import CONFIG, CONFIGS, TOKENIZER, ReleaseFile, read_json
 from mobilellm_hf.hub.sources import public_settings
 
-NEEDED = ("context", "prefill", "kv_cache", "quantization", "layers", "bytes", "versions")
+NEEDED = ("context", "prefill", "kv_cache", "quantization", "layers", "bytes", "versions", "model", "identity")
 # Of a configuration, what an exported program shares with the model that it was made from.
 NETWORK = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -35,7 +36,7 @@ class Program:
         model: folder of the model that it was made from.
 
     Raises:
-        ValueError: it is none, its folder is not whole, or it is of another network or tokenizer.
+        ValueError: it is none, its folder is not whole, or it is of other weights, or another network or tokenizer.
     """
 
     def __init__(self, path: Path, model: Path):
@@ -63,6 +64,13 @@ class Program:
         vocabularies = [read_json(folder / "tokenizer.json")["model"] for folder in (self.folder, model)]
         if vocabularies[0] != vocabularies[1]:
             raise ValueError(f"pte: {self.folder} is no export of {model}: their tokenizers differ")
+        # Without the folders' names: a model that was moved is the same.
+        exported, released = self.report["identity"], model_identity(model)
+        if exported.split()[-1] != released.split()[-1]:
+            raise ValueError(
+                f"pte: {self.folder} was exported from {self.report['model']} ({exported}), and not "
+                f"from {model} as it is now ({released}): export {model}"
+            )
 
     @cached_property
     def report(self) -> dict[str, Any]:
@@ -84,6 +92,11 @@ class Program:
             if path.name in (*CONFIGS, *TOKENIZER) or path.suffix == ".py":
                 found.append(ReleaseFile(path.name, path))
         return found
+
+    @cached_property
+    def unties(self) -> bool:
+        """Whether it holds a matrix for the embedding and another one for the head, whatever the model has."""
+        return bool(self.report["bytes"].get("embedding") and self.report["bytes"].get("head"))
 
     @cached_property
     def facts(self) -> dict[str, Any]:

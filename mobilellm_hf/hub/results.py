@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.evaluation.paper_tables import rows_near
-from mobilellm_hf.evaluation.results import TaskResult, column_value
-from mobilellm_hf.evaluation.suites import Suite
+from mobilellm_hf.evaluation.results import TaskResult, column_value, marks_of
+from mobilellm_hf.evaluation.suites import TASKS, Suite
 from mobilellm_hf.hub.files import read_json
 from mobilellm_hf.hub.programs import Program
 
@@ -55,6 +55,26 @@ def suite_facts(suite: Suite, results: Mapping[str, TaskResult], parameters: int
         for row in rows_near(suite.name, parameters)
     }
     return SuiteFacts(suite.table, tuple(suite.columns), tuple(cells), rows)
+
+
+def cuts_of(result: TaskResult) -> list[str]:
+    """What stands behind the marks of a result, with counts; empty for a result that has none."""
+    if not marks_of([result]):
+        return []
+    details, completions = result.details, result.documents * result.samples
+    wanted = getattr(TASKS[result.task], "samples", 1)
+    found = [f"{result.documents:,} documents were asked, not all"] if "limit" in details else []
+    if result.samples < wanted:
+        found.append(f"{result.samples} samples of each document and not {wanted}")
+    if "own_max_new_tokens" in details:
+        found.append(f"completions end at {details['own_max_new_tokens']:,} tokens, at the latest")
+    if "share_cut_off" in details:
+        found.append(f"{round(details['share_cut_off'] * completions):,} of {completions:,} completions were cut off")
+    if beyond := details.get("prompts_beyond_context"):
+        found.append(f"{beyond:,} of {result.documents:,} prompts do not fit the context and were not asked")
+    if truncated := details.get("truncated_prompts"):
+        found.append(f"of {truncated:,} prompts the model saw the end only")
+    return found
 
 
 def read_results(path: Path) -> dict[str, TaskResult]:

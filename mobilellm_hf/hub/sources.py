@@ -37,6 +37,7 @@ class SourceFacts:
     hub_id: str | None = None
     license: str | None = None
     share: float | None = None
+    weight: float | None = None
     rows: int | None = None
     tokens: int | None = None
     epochs: float | None = None

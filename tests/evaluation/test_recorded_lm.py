@@ -19,6 +19,7 @@ from mobilellm_hf.evaluation.lm_eval_tasks import build_parts
 from mobilellm_hf.evaluation.models import batch_size_for, load_model, load_tokenizer
 from mobilellm_hf.evaluation.recorded_lm import Order, Question, Team, answer
 from mobilellm_hf.evaluation.records import load_parts, read_records
+from mobilellm_hf.evaluation.results import is_measured
 from mobilellm_hf.evaluation.suites import TASKS
 from mobilellm_hf.progress import StageProgress
 
@@ -189,8 +190,9 @@ def test_prompts_that_do_not_fit_are_counted(place, tmp_path):
     tokens = [len(evaluated.lm.tok_encode(record)) for record in read_prompts(place, tmp_path / "prompts")]
     assert min(tokens) > 1200 - 24
     result = run("gsm8k_8shot", place, tmp_path / "out", evaluated.lm)
-    assert result.details["truncated_prompts"] == 3
-    assert "truncated_prompts" not in run("piqa", place, tmp_path / "out2", evaluated.lm).details
+    assert result.details["truncated_prompts"] == result.details["prompts"] == 3 and not is_measured(result)
+    fits = run("piqa", place, tmp_path / "out2", evaluated.lm)
+    assert "truncated_prompts" not in fits.details and fits.details["prompts"] == 4 and is_measured(fits)
 
 
 @pytest.mark.parametrize(("beyond", "cut"), [(0, 0), (1, 0), (2, 1)])

@@ -19,7 +19,7 @@ from mobilellm_hf.evaluation.arguments import EvaluationArguments
 from mobilellm_hf.evaluation.models import Evaluated
 from mobilellm_hf.evaluation.records import read_records
 from mobilellm_hf.evaluation.runner import run_evaluation
-from mobilellm_hf.evaluation.suites import SUITES
+from mobilellm_hf.evaluation.suites import SUITES, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_a_suite_leaves_values_records_a_table_and_a_picture(place, tmp_path):
     mean = sum(found["tasks"][name]["value"] for name in SUITES["base"].columns["CommonSense"]) / 8
     row = next(line for line in table.splitlines() if "│ model " in line)  # the name of the folder
     ours = [cell.strip() for cell in row.split("│")[2:-1]]
-    marked = [cell.endswith("*") for cell in ours]  # those whose completions are cut at 16 tokens
-    assert ours[4] == f"{100 * mean:.1f}" and marked == [True, True, True, True, False, False]
+    marked = [cell.endswith("*") for cell in ours]
+    assert ours[4] == f"{100 * mean:.1f}*" and marked == [True] * 6  # and all are over few documents
     assert "own_max_new_tokens" not in found["tasks"]["mmlu"]["details"]
 
 
@@ -74,7 +74,8 @@ def test_a_chat_model_is_sampled_and_few_shot_tasks_can_be_conversations(place, 
     sampled, few_shot = evaluation.results["math500"], evaluation.results["gsm8k_8shot"]
     assert (sampled.documents, sampled.samples, sampled.metric) == (2, 3, "pass@1")
     assert few_shot.details["chat_template"] and "chat_template" not in sampled.details
-    assert sampled.details["limit"] == few_shot.details["limit"] == 2 and "2 x 3*" in shown
+    assert sampled.details["limit"] == few_shot.details["limit"] == 2
+    assert "2 of 500 x 3*" in shown and "2 of 1,319*" in shown
     prompts = {row["task"]: row["prompt"] for row in read_records(tmp_path / "records")}
     assert prompts["gsm8k_8shot"].count("<|start_header_id|>user") == 9
     assert prompts["math500"].count("<|start_header_id|>user") == 1 and "\\boxed{}" in prompts["math500"]
@@ -133,8 +134,6 @@ def test_an_earlier_result_of_a_task_that_cannot_be_planned_is_neither_shown_nor
             arguments(place, tmp_path / "out", tasks=["piqa", "boolq"], data_dir=str(data)), Console(file=text)
         )
     assert "error" in results(tmp_path / "out")["tasks"]["boolq"] and "│ boolq" not in text.getvalue()
-    listed = (tmp_path / "out/model_index.yaml").read_text()
-    assert "piqa (" in listed and "boolq (" not in listed
     (tmp_path / "away").rename(data / "boolq_validation.jsonl")
     evaluation, shown = run(arguments(place, tmp_path / "out", tasks=["boolq"], data_dir=str(data)))
     assert list(evaluation.results) == ["piqa", "boolq"] and "│ boolq" in shown
@@ -269,13 +268,59 @@ def test_a_dry_run_says_what_would_be_asked_of_what(place, tmp_path):
     counts = {name: tuple(int(cell) for cell in cells) for name, cells in lines.items()}
     assert counts == {"arc_easy": (3, 12), "gsm8k_8shot": (3, 3), "mmlu": (115, 460)}
     args = arguments(place, tmp_path, model=str(place / "chat"), tasks=["math500"], samples=5, limit=2, dry_run=True)
-    assert re.search(r"│ +2 │ +10 │", run(args)[1])
+    assert re.search(r"│ n=5, T=0.6, top_p=0.95 │.*│ +2 │ +10 │", run(args)[1])
+
+
+def test_a_dry_run_cuts_nothing_and_fails_where_the_run_would(place, tmp_path):
+    args = arguments(place, tmp_path / "out", tasks=["arc_challenge", "math500"], dry_run=True)
+    text = io.StringIO()
+    with pytest.raises(ValueError, match=r"1 of 2 tasks cannot be run \(math500\)"):
+        run_evaluation(args, Console(file=text, width=80), load=None)
+    lines = [line.split("│")[1:-1] for line in text.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(line[2].strip() for line in lines if line[2].strip() != "not run") == str(
+        place / "data/arc_challenge_test.jsonl"
+    )
+    assert [line[0].strip() for line in lines if line[0].strip()] == ["arc_challenge", "math500"]
+    args.tasks = ["math500"]
+    with pytest.raises(ValueError, match="none of the tasks can be run: math500 asks"):
+        run(args, load=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_lines_name_what_was_written_and_what_is_not_for_the_hub(place, tmp_path):
+    _, shown = run(arguments(place, tmp_path, tasks=["arc_easy", "mmlu"], limit=1))
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"settings.json", "results.json", "records", "base.png"}
+    assert f"{tmp_path}: results.json, records/, base.png\n" in shown
+    assert "not among the files for the Hub: arc_easy: 1 documents of 2,376, a local copy of allenai/ai2_arc" in shown
+    assert "; mmlu: 57 documents of 14,042" in shown
+    _, shown = run(arguments(place, tmp_path / "two", tasks=["arc_easy"]))  # one of CommonSense's eight
+    assert f"{tmp_path / 'two'}: results.json, records/\n" in shown
+
+
+def test_a_model_that_sees_ends_of_prompts_only_gets_no_value(place, tmp_path):
+    model = make_model(tmp_path / "short", context=600)
+    _, shown = run(arguments(place, tmp_path / "out", model=str(model), tasks=["gsm8k_8shot", "mmlu"]))
+    row = next(line for line in shown.splitlines() if "│ gsm8k_8shot" in line)
+    assert [cell.strip() for cell in row.split("│")[3:6]] == ["–", "–", "3 of 1,319*‡"]
+    assert "no prompt fits the context: no value" in shown and "–*‡" in shown
+    details = results(tmp_path / "out")["tasks"]["mmlu"]["details"]
+    assert details["prompts"] == 460 and "truncated_prompts" not in details
 
 
 def test_suites_and_tasks_are_listed_without_a_model():
     _, shown = run(EvaluationArguments(list_tasks=True))
     assert all(name in shown for suite in SUITES.values() for name in suite.tasks)
+    assert "mmlu_test.jsonl and mmlu_dev.jsonl" in shown and "siqa_validation.jsonl" in shown
     assert "6e4ed1a2a79a" in shown and "none pinned" in shown and "n=64, T=0.6, top_p=0.95" in shown
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_names_of_tasks_are_listed_whole_in_a_narrow_terminal(width):
+    text = io.StringIO()
+    run_evaluation(EvaluationArguments(list_tasks=True), Console(file=text, width=width))
+    cells = [line.split("│")[1].strip() for line in text.getvalue().splitlines() if line.startswith("│")]
+    assert set(TASKS) <= set(cells) and "…" not in text.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -294,6 +339,9 @@ def test_suites_and_tasks_are_listed_without_a_model():
         ({"tasks": ["piqa"], "data_dir": "nowhere"}, "data_dir='nowhere' is no folder"),
         ({"tasks": ["piqa"], "revisions": ["piqa"]}, "revisions: 'piqa' must be written TASK=COMMIT"),
         ({"tasks": ["piqa"], "revisions": ["piqua=abc"]}, "there is no task 'piqua'.*Did you mean piqa"),
+        ({"tasks": ["piqa"], "revisions": ["a=b", "c=d"]}, "there are no tasks 'a', 'c'"),
+        ({"tasks": ["piqa"], "model": "runs/no/model"}, "model: the folder runs/no/model does not exist"),
+        ({"tasks": ["piqa"], "tokenizer": "/no/where"}, "tokenizer: the folder /no/where does not exist"),
         ({"tasks": ["piqa"], "model": "no/model"}, "tokenizer: no/model is no folder or Hub model that loads"),
     ],
 )

@@ -91,6 +91,20 @@ def test_revisions_are_commits():
     assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in revisions.values() if revision)
 
 
+def test_splits_have_the_sizes_that_are_known():
+    """Typed a second time, from the cards of the data sets."""
+    sizes = {
+        "math500": 500, "gsm8k": 1319, "mbpp": 500, "humaneval": 164, "arc_easy": 2376, "arc_challenge": 1172,
+        "boolq": 3270, "piqa": 1838, "social_iqa": 1954, "hellaswag": 10042, "openbookqa": 500, "winogrande": 1267,
+        "mmlu": 14042, "aime24": 30, "aime25": 30, "livecodebench": 1055, "math500_4shot": 500, "gsm8k_8shot": 1319,
+    }  # fmt: skip
+    assert {name: task.data.documents for name, task in TASKS.items()} == sizes
+
+
+def test_math500_is_not_read_from_a_file_of_all_of_math():
+    assert TASKS["math500"].data.files == TASKS["math500_4shot"].data.files == ("math500",)
+
+
 def test_tasks_are_found_once_in_order():
     assert [task.name for task in find_tasks(["reasoning"], ["mmlu", "gsm8k", "mmlu"])] == [
         "math500", "gsm8k", "aime24", "aime25", "livecodebench", "mmlu",
@@ -104,6 +118,8 @@ def test_tasks_are_found_once_in_order():
         (["bse"], [], "there is no suite 'bse'; there are base, reasoning. Did you mean base?"),
         ([], ["gsm8"], "there is no task 'gsm8'; there are math500_4shot, .*Did you mean gsm8k?"),
         ([], ["xyzzy"], "there is no task 'xyzzy'; there are [^?]*$"),
+        ([], ["gsm8", "xyzzy", "piqua", "piqa"], r"are no tasks 'gsm8', 'xyzzy', 'piqua'; .*mean gsm8k, piqa\?$"),
+        (["bse"], ["gsm8"], "there is no suite 'bse'.*Did you mean base.*; there is no task 'gsm8'"),
     ],
 )
 def test_names_that_there_are_not_are_refused_with_the_nearest(suites, tasks, message):

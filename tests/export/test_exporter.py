@@ -6,7 +6,8 @@ import shutil
 import pytest
 from export_cases import CONTEXT, export, save_model
 
-from mobilellm_hf import MobileLLMConfig
+from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
+from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.export import exporter, size
 from mobilellm_hf.export.arguments import ExportArguments
 from mobilellm_hf.export.quantization import Quantization
@@ -87,6 +88,14 @@ def test_a_file_that_is_not_what_was_asked_for_does_not_get_the_name(model_folde
     with pytest.raises(RuntimeError, match="is not what was asked for: it lacks"):
         export(model_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_program_says_which_weights_it_was_made_of(model_folder, monkeypatch):
+    model = MobileLLMForCausalLM.from_pretrained(model_folder)
+    assert exporter.identity_of(str(model_folder), model) == model_identity(model_folder)
+    assert exporter.identity_of("no-one/cached-it", model) == model_identity(model)
+    monkeypatch.setattr(exporter, "try_to_load_from_cache", lambda name, file: f"/snapshots/{'c' * 40}/{file}")
+    assert exporter.identity_of("org/cached", model) == f"org/cached@{'c' * 40}"
 
 
 def test_the_140m_fits_the_papers_phone():

@@ -1,22 +1,26 @@
 """Cards: what they say is what files say. Files are changed and taken away one by one, and the card follows."""
 
+import ast
 import json
 import re
 import shutil
 
 import pytest
 import yaml
+from datasets import Dataset, DatasetDict
 from hub_cases import DRAWN, LOG, SETTINGS, make_evaluation, make_model
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from transformers import AutoTokenizer
 
 from mobilellm_hf.hub import Target, package_model
 from mobilellm_hf.hub.blocks import Record, code_blocks, weights_of
 from mobilellm_hf.hub.cards import description_of, render, templates_folder, to_html
+from mobilellm_hf.hub.context import NEUTRAL
 from mobilellm_hf.hub.stages import SUFFIXES
 
 REPO, STAGE = "org/tiny-base", "midtrain-stage1"
-OF_CODE = ("12", "30", "0.6", "0.95", "0")
+OF_CODE = ("0.6", "0.95", "0")
 
 
 @pytest.fixture
@@ -177,7 +181,10 @@ def test_the_quickstart_claims_no_mixture_and_no_settings_of_one_model(model):
     (model.parent / "influence/mixture.yaml").write_text(yaml.safe_dump({"weights": {"stdlib": 0.8125}}))
     card = card_of(model, stage="quickstart")
     assert "trained by the quickstart" in card and "## Training\n" not in card and "81.25" not in card
-    assert "| stdlib |  | those of the Python packages" in card and "training/influence_mixture.yaml" in card
+    assert (
+        "| stdlib | those of the Python packages it is read from | 0.812 |" in card
+        and "training/influence_mixture.yaml`, which influence" in card
+    )
 
 
 def test_conversations_say_what_was_left_out_and_epochs_count_without_steps(model):
@@ -186,7 +193,7 @@ def test_conversations_say_what_was_left_out_and_epochs_count_without_steps(mode
     line = {"source": "chats", "read": 7, "dropped": {"empty turn": 1_234}}
     (model.parent / "conversations.yaml").write_text(yaml.safe_dump([line]))
     card = card_of(model, stage="general")
-    assert "| chats |  | not known | 100.00% |" in card and 'Left out of `chats`: 1,234 for "empty turn".' in card
+    assert "| chats | not known | 100.00% |" in card and 'Left out of `chats`: 1,234 for "empty turn".' in card
     assert "| epochs | 2.5 |" in card and "| steps |" not in card
 
 
@@ -225,12 +232,91 @@ def test_a_description_of_the_users_own_is_taken_up(model):
         "---\nlicense: mit\n---\n\n# Mine\n\nIt likes tea.\n\n## How\n\n```\n# no title\n```\n"
     )
     card = card_of(model)
-    assert "It likes tea.\n\n### How\n\n```\n# no title\n```" in card and "# Mine" not in card and ": mit" not in card
+    assert "It likes tea.\n\n### How\n\n```\n# no title\n```" in card and "# Mine" not in card
     (model / "README.md").write_text("![tea](training.png)")
     card = card_of(model)
     assert card.count("pictures/training.png") == 1 and "![tea](pictures/training.png)" in card
     assert description_of("# A\n\ntext\n# B") == "text\n## B"
     assert description_of("a\n\n<!-- of this folder -->\nx\n<!-- end -->\n\nb") == "a\n\nb"
+
+
+def test_of_the_metadata_of_the_users_own_card_only_the_licence_is_taken_over(model):
+    """It is its owner's to say; what else metadata claim, files must bear out."""
+    (model / "README.md").write_text("---\nlicense: mit\ntags: [tea]\ndatasets: [org/tea]\n---\n")
+    release = package_model(model, Target(REPO, STAGE))
+    data = ModelCard(release.card).data
+    assert data.license == "mit" and "\nmit.\n" in release.card
+    assert "- tea" not in release.card and "org/tea" not in release.card
+    assert release.license == f"mit, as {model / 'README.md'} says"
+    assert not any("licence is named" in note for note in release.notes)
+    release = package_model(model, Target(REPO, STAGE), license="apache-2.0")
+    assert ModelCard(release.card).data.license == "apache-2.0" and "option" in release.license
+    (model / "README.md").write_text("No metadata.")
+    assert package_model(model, Target(REPO, STAGE)).license is None
+    (model / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match="the metadata of .*README.md cannot be read"):
+        package_model(model, Target(REPO, STAGE))
+
+
+def test_a_column_of_weights_is_there_where_a_mixture_has_them(model):
+    card = card_of(model)
+    assert "| source | data set | licence | weight | share of the rows | tokens | times read |" in card
+    assert "| notes |  | not known | 0.333 | 2.50% | 307 | 0.09 |" in card
+    assert "The weights are those of `training/mixture.yaml`." in card
+    (model.parent / "mixture.yaml").write_text(yaml.safe_dump({"weights": {}, "drawn": DRAWN}))
+    assert "| weight |" not in card_of(model) and "The weights are" not in card_of(model)
+
+
+def test_what_was_cut_is_counted(model, evaluated):
+    path = evaluated / "results.json"
+    document = json.loads(path.read_text())
+    first, second = document["tasks"]["gsm8k_8shot"], document["tasks"]["humaneval"]
+    first["details"] = {"truncated_prompts": 1_234}
+    second |= {"samples": 3}
+    second["details"] |= {"own_max_new_tokens": 77, "share_cut_off": 0.5, "prompts_beyond_context": 5}
+    path.write_text(json.dumps(document))
+    card = card_of(model, evaluated)
+    assert "- gsm8k_8shot: of 1,234 prompts the model saw the end only." in card
+    line = next(line for line in card.splitlines() if line.startswith("- humaneval: "))
+    for said in (
+        "29 documents were asked, not all", "end at 77 tokens",
+        "44 of 87 completions were cut off", "5 of 29 prompts do not fit",
+    ):  # fmt: skip
+        assert said in line, said
+    first["details"], document["tasks"] = {}, {"gsm8k_8shot": first}
+    path.write_text(json.dumps(document))
+    assert "- gsm8k_8shot: " not in card_of(model, evaluated)
+
+
+def asked(card: str) -> list[dict[str, str]]:
+    return ast.literal_eval(re.search(r"^messages = (.+)$", card, re.M)[1])
+
+
+def test_the_card_asks_what_the_run_has_taught(model):
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert asked(card_of(model, stage="grpo")) == NEUTRAL
+    turn = {"role": "user", "content": 'the sum of\n"three"'}
+    rows = {name: Dataset.from_dict({"prompt": [[turn | {"content": text}]]}) for name, text in
+            (("held_out", turn["content"]), ("train", "add"), ("long", "the sum of three " * 12))}  # fmt: skip
+    for parts, expected in (
+        (("held_out", "train"), turn["content"]), (("train",), "add"), (("long",), NEUTRAL[0]["content"])
+    ):  # fmt: skip
+        shutil.rmtree(model.parent / "prompts", ignore_errors=True)
+        named = {"train" if part == "long" else part: rows[part] for part in parts}
+        DatasetDict(named).save_to_disk(model.parent / "prompts")
+        card = card_of(model, stage="grpo")
+        assert asked(card)[0]["content"] == expected
+        length = len(AutoTokenizer.from_pretrained(model)(expected)["input_ids"])
+        assert int(re.search(r"max_new_tokens=(\d+)", card)[1]) <= 72 - length
+
+
+@pytest.mark.parametrize("context, long", [(1024, False), (1025, True)])
+def test_only_a_long_context_has_room_to_reason_at_length(model, context, long):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    card = card_of(model, stage="reasoning")
+    assert ("It may reason at length and end in a wrong answer" in card) is long
+    assert ("It may end in a wrong answer" in card) is not long
 
 
 def test_paths_of_this_machine_in_a_description_are_shown_by_name(model):

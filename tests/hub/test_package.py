@@ -113,8 +113,22 @@ def test_settings_of_the_stages_before_come_along(model, tmp_path):
     (model.parent / "settings.json").write_text(json.dumps(settings | {"model": str(before)}))
     release = package_model(model, TARGET)
     found = {file.path: file.read() for file in release.files if file.path.startswith("training/")}
-    assert b"learning_rate: 0.00407" in found["training/tiny-pretrain/settings.yaml"]
-    assert "It goes on from `tiny-pretrain`" in release.card
+    assert b"learning_rate: 0.00407" in found["training/pretrain/settings.yaml"]
+    assert "Stages before it, the first one first: pre-training; `training/`" in release.card
+
+
+def test_stages_without_settings_have_their_runs_name_and_two_of_one_stage_have_two(model, tmp_path):
+    folders = [tmp_path / name / "checkpoint-7" for name in ("first-run", "second-run", "third-run")]
+    for folder in folders:
+        make_model(folder)
+    for folder, before in zip(folders[1:], folders):
+        (folder.parent / "settings.json").write_text(json.dumps({"stage": "general", "model": str(before)}))
+    (model.parent / "settings.json").write_text(json.dumps({"stage": "reasoning", "model": str(folders[-1])}))
+    release = package_model(model, Target("org/tiny", "reasoning"))
+    (model.parent / "settings.json").write_text("{}")
+    paths = [file.path for file in release.files]
+    assert {"training/general/settings.yaml", "training/general-3/settings.yaml"} <= set(paths)
+    assert len(paths) == len(set(paths)) and "checkpoint-7" not in release.card
 
 
 @pytest.mark.parametrize("repo, stage, branch", [

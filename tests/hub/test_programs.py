@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_cases import SETTINGS, make_evaluation
+from hub_cases import LOG, SETTINGS, make_evaluation
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from mobilellm_hf.hub import Target, package_model
 from mobilellm_hf.hub.blocks import code_blocks
+from mobilellm_hf.hub.context import BARE
 from mobilellm_hf.hub.files import ReleaseFile
 from mobilellm_hf.hub.ledger import LEDGER, Ledger
+from mobilellm_hf.training.grpo_data import prompt_length
 
 sys.path.append(str(Path(__file__).parents[1] / "export"))
 from export_cases import export, save_model  # noqa: E402
@@ -42,6 +45,12 @@ def on_device(run: Path, **options):
 
 def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def forget(path: Path, name: str) -> None:
+    document = json.loads(path.read_text())
+    del document[name]
+    path.write_text(json.dumps(document))
 
 
 def test_a_program_takes_the_place_of_the_weights(run):
@@ -76,9 +85,48 @@ def test_the_card_says_what_the_report_says(run):
     for line in (
         "| context, in tokens | 80 |", "| tokens of a prompt taken at once | 7 |", "| keys and values | float32 |",
         "| Linear layers | bf16 |", "| 1 8da8w/96 |", "| of the file | head 7.7 MB |", "executorch 7.8.9 |",
-        "Its context is 80 tokens", "max_new_tokens=40",
+        "Its context is 80 tokens",
     ):  # fmt: skip
         assert line in card, line
+    prompt = prompt_length(AutoTokenizer.from_pretrained(run / "tiny-base"), BARE)
+    assert f"max_new_tokens={min(40, 80 - prompt)})" in card and '"content": ""' in card
+
+
+def test_another_models_program_of_the_same_shape_is_refused(run):
+    save_model(run / "other", seed=1)
+    with pytest.raises(ValueError, match=r"was exported from .*tiny-base \(tiny-base \w{32}\), and not from .*other"):
+        package_model(run / "other", ALONE, pte=run / "device")
+    with pytest.raises(ValueError, match="export .*other$"):
+        package_model(run / "other", BESIDE, pte=run / "device")
+    (run / "tiny-base").rename(run / "moved")
+    assert package_model(run / "moved", ALONE, pte=run / "device").files
+    rewrite(run / "device/export.json", model="org/tiny", identity="org/tiny@" + "0" * 40)
+    with pytest.raises(ValueError, match="exported from org/tiny .org/tiny@0000"):
+        package_model(run / "moved", ALONE, pte=run / "device")
+
+
+def test_the_card_of_a_program_says_which_figures_are_of_the_model(run, tmp_path):
+    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
+    rate = {"step": 0, "prompts": 64, "rate": 0.25, "low": 0.1606, "high": 0.3681}
+    how = {"decoding": "greedy", "max_new_tokens": 12}
+    (run / "pass_rate.json").write_text(json.dumps(how | {"before": rate, "after": rate}))
+    (run / "tiny-base/README.md").write_text("It solves 40 of 64.")
+    said = "Of the model before quantization; "
+    parts = ("## About it", "## During training", "## Pass rate")
+    card = on_device(run).card
+    assert all(f"{part}\n\n{said}the program was not measured.\n\n" in card for part in parts)
+    assert "embeddings tied" not in card
+    folder = make_evaluation(tmp_path / "evaluation", run / "tiny-base")
+    beside = package_model(run / "tiny-base", BESIDE, pte=run / "device", evaluation=folder).card
+    assert said not in beside and "of the weights; the program was not measured." in beside
+    assert "| input and output embeddings tied | yes |" in beside
+    identity = ReleaseFile("model.pte", run / "device/model.pte").digests[0]
+    rewrite(folder / "results.json", model={"name": "device", "identity": identity})
+    card = on_device(run, evaluation=folder).card
+    assert all(f"{part}\n\n{said}what the program was" in card for part in parts) and "not measured." not in card
+    assert "## Evaluation\n\n" + said not in card and "of training is of the model before quantization" in card
+    rewrite(run / "device/export.json", bytes={"embedding": 5, "head": 0})
+    assert "| input and output embeddings tied | yes |" in on_device(run).card
 
 
 def test_its_block_is_run_before_it_is_sent(run):
@@ -117,6 +165,7 @@ def test_it_is_quantized_from_the_model_that_was_released(run):
     (lambda run: (run / "device/model.pte").unlink(), "is no .pte file"),
     (lambda run: (run / "device/model.pte").write_bytes(b"\0" * 1000), "is no .pte file"),
     (lambda run: (run / "device/export.json").write_text('{"context": 1}'), "does not say prefill: export it again"),
+    (lambda run: forget(run / "device/export.json", "identity"), "does not say identity: export it again"),
     (lambda run: rewrite(run / "device/config.json", hidden_size=96), "hidden_size is 96, not 64"),
     (lambda run: rewrite(run / "device/tokenizer.json", model={}), "their tokenizers differ"),
 ])  # fmt: skip

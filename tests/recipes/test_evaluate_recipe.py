@@ -35,6 +35,12 @@ def test_a_mistake_is_a_line_and_status_two():
     assert "error: there is no suite 'bases'; there are base, reasoning. Did you mean base?" in done.stdout
 
 
+def test_a_model_that_is_not_there_is_a_line_and_status_two():
+    done = run("--model", "./runs/none", "--suite", "base", "--dry_run", "true")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: model: the folder ./runs/none does not exist" in done.stdout
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_files_ask_for_suites_and_tasks_that_there_are(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
