@@ -72,6 +72,10 @@ def test_a_run_that_was_killed_goes_on_with_any_number_of_processes(place):
         for file, time in shards.items():
             assert (place / folder / file.relative_to(place / "killed")).stat().st_mtime_ns == time
     assert not list((place / "killed").rglob("*.partial"))
+    # The stream was read by one process and seen by both.
+    first, second = (json.loads((place / f"killed-{rank}.json").read_text()) for rank in range(2))
+    assert first["texts"] == second["texts"] == documents(60)["text"][:40]
+    assert sum(first["counted"]) == 40
 
 
 def test_one_process_goes_on_after_a_kill(place):
@@ -82,13 +86,6 @@ def test_one_process_goes_on_after_a_kill(place):
     run(place, "lonely")
     assert same(decisions(place / "lonely"), decisions(place / "one"))
     assert {file: file.stat().st_mtime_ns for file in shards} == shards
-
-
-def test_a_stream_is_read_by_one_and_seen_by_both(place):
-    """As the run of two processes has left it."""
-    first, second = (json.loads((place / f"killed-{rank}.json").read_text()) for rank in range(2))
-    assert first["texts"] == second["texts"] == documents(60)["text"][:40]
-    assert sum(first["counted"]) == 40
 
 
 def test_memory_does_not_grow_with_the_documents(tmp_path):
