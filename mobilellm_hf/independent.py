@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from datasets import disable_progress_bars
 from rich.console import Console
+from transformers import TrainingArguments
 from transformers import logging as transformers_logging
 from trl import TrlParser
+
+from mobilellm_hf.modeling.configuration_mobilellm import MODEL_SIZES
 
 # Which of the launcher's processes this one is: number/count.
 PLACE = "MOBILELLM_HF_INDEPENDENT_PROCESS"
@@ -61,6 +64,29 @@ def own_process() -> OwnProcess:
     }
     sys.stdout.flush()
     os.execve(sys.executable, sys.orig_argv, kept | changed)
+
+
+def check_new_models(model_size: str | None, model_config: dict, tokenizer: str | None) -> None:
+    """Raises a ValueError that names the field unless new models can be made."""
+    if model_size is None and not model_config:
+        raise ValueError(
+            f"give model_size ({', '.join(MODEL_SIZES)}) or model_config: models are trained from scratch"
+        )
+    if model_size is not None and model_size not in MODEL_SIZES:
+        raise ValueError(f"model_size={model_size!r} must be one of {', '.join(MODEL_SIZES)}")
+    if tokenizer is None:
+        raise ValueError("new models need a tokenizer: a folder, or a Hub id such as meta-llama/Llama-3.2-1B")
+
+
+def check_whole_models(training: TrainingArguments) -> None:
+    """Raises a ValueError unless each model is trained by one process on one device."""
+    if training.fsdp or "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        raise ValueError("every process trains whole models: launch with recipes/accelerate/single.yaml or ddp.yaml")
+    if training.world_size > 1 or training.n_gpu > 1:
+        raise ValueError(
+            f"every model is trained by one process on one device, not {training.world_size} on {training.n_gpu}: "
+            "launch with accelerate launch or torchrun"
+        )
 
 
 def launch_each(

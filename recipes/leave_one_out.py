@@ -23,7 +23,6 @@ The output folder gets
 import copy
 import dataclasses
 import importlib.util
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
 from mobilellm_hf.data.rows import check_entries
-from mobilellm_hf.independent import OwnProcess, launch_each
+from mobilellm_hf.independent import OwnProcess, check_new_models, check_whole_models, launch_each
 from mobilellm_hf.influence.leave_one_out import (
     LeaveOneOutRun,
     check_no_repeats,
@@ -103,14 +102,7 @@ class LeaveOneOutTrainingArguments(StageTrainingArguments):
 
 def check(args: LeaveOneOutArguments, training: LeaveOneOutTrainingArguments) -> None:
     """Raises a ValueError that names the field for what can be refused before anything is loaded."""
-    if args.model_size is None and not args.model_config:
-        raise ValueError(
-            f"give model_size ({', '.join(MODEL_SIZES)}) or model_config: models are trained from scratch"
-        )
-    if args.model_size is not None and args.model_size not in MODEL_SIZES:
-        raise ValueError(f"model_size={args.model_size!r} must be one of {', '.join(MODEL_SIZES)}")
-    if args.tokenizer is None:
-        raise ValueError("new models need a tokenizer: a folder, or a Hub id such as meta-llama/Llama-3.2-1B")
+    check_new_models(args.model_size, args.model_config, args.tokenizer)
     check_entries("sources", args.sources)
     if not args.probes or not isinstance(args.probes, dict):
         raise ValueError(f"probes is {args.probes!r}: write capability -> list of sources")
@@ -123,13 +115,7 @@ def check(args: LeaveOneOutArguments, training: LeaveOneOutTrainingArguments) ->
     names = declared_sources(args.sources)
     # Where text must be read for the names, seeds alone can be checked.
     leave_one_out_runs(["one", "other"] if names is None else names, args.seeds, None if names is None else args.only)
-    if training.fsdp or "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
-        raise ValueError("every process trains whole models: launch with recipes/accelerate/single.yaml or ddp.yaml")
-    if training.world_size > 1 or training.n_gpu > 1:
-        raise ValueError(
-            f"every model is trained by one process on one device, not {training.world_size} on {training.n_gpu}: "
-            "launch with accelerate launch or torchrun"
-        )
+    check_whole_models(training)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the pictures at the end need matplotlib: pip install 'mobilellm_hf[plots]'")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from mobilellm_hf.audit.rivals.reweighting import check_batches
 from mobilellm_hf.audit.statistics import ALPHA, check_seeds
 from mobilellm_hf.data.mixture import MAX_EPOCHS
 from mobilellm_hf.data.rows import check_entries
+from mobilellm_hf.independent import check_new_models, check_whole_models
 from mobilellm_hf.influence.leave_one_out_rows import declared_sources
 from mobilellm_hf.launch import option
 from mobilellm_hf.modeling.configuration_mobilellm import MODEL_SIZES
@@ -103,24 +103,11 @@ def check(args: AuditArguments, training: AuditTrainingArguments) -> None:
     if args.mixture is None and args.scores is None:
         raise ValueError("mixture: name the file of the weights to audit, --mixture FILE")
     check_scores(args)
-    if args.model_size is None and not args.model_config:
-        raise ValueError(
-            f"give model_size ({', '.join(MODEL_SIZES)}) or model_config: models are trained from scratch"
-        )
-    if args.model_size is not None and args.model_size not in MODEL_SIZES:
-        raise ValueError(f"model_size={args.model_size!r} must be one of {', '.join(MODEL_SIZES)}")
-    if args.tokenizer is None:
-        raise ValueError("new models need a tokenizer: a folder, or a Hub id such as meta-llama/Llama-3.2-1B")
+    check_new_models(args.model_size, args.model_config, args.tokenizer)
     check_entries("sources", args.sources)
     check_probes(args)
     check_design(args, training)
-    if training.fsdp or "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
-        raise ValueError("every process trains whole models: launch with recipes/accelerate/single.yaml or ddp.yaml")
-    if training.world_size > 1 or training.n_gpu > 1:
-        raise ValueError(
-            f"every model is trained by one process on one device, not {training.world_size} on {training.n_gpu}: "
-            "launch with accelerate launch or torchrun"
-        )
+    check_whole_models(training)
     if {"doremi", "doge"} & set(args.arms):
         check_batches(training)
     if importlib.util.find_spec("matplotlib") is None:
