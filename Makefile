@@ -15,7 +15,7 @@ ARGS ?=
 TORCH_INDEX ?=
 # Two where two cores are free: models as small as these gain little from more, and on a busy machine threads spend
 # their time waiting for each other.
-THREADS := $(shell $(PYTHON) -c 'import os; print(2 if os.cpu_count() - os.getloadavg()[0] > 1.5 else 1)')
+THREADS := $(shell $(PYTHON) -c 'import os; print(2 if os.cpu_count() - os.getloadavg()[0] > 1 else 1)')
 
 .PHONY: quickstart test lint benchmark clean
 

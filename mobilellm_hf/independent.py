@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from transformers import TrainingArguments
 from transformers import logging as transformers_logging
 from trl import TrlParser
 
+from mobilellm_hf.launch import SECONDS_FOR_THE_FIRST
 from mobilellm_hf.modeling.configuration_mobilellm import MODEL_SIZES
 
 # Which of the launcher's processes this one is: number/count.
@@ -116,6 +118,8 @@ def launch_each(
         console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
         sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        if process.number == 0 or checked:
+        if process.number and not checked:
+            time.sleep(SECONDS_FOR_THE_FIRST)  # which says it, unless the launcher, seeing another's end, ends it before
+        else:
             Console().print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)
