@@ -119,7 +119,7 @@ def launch_each(
         sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if process.number and not checked:
-            time.sleep(SECONDS_FOR_THE_FIRST)  # which says it, unless the launcher, seeing another's end, ends it before
+            time.sleep(SECONDS_FOR_THE_FIRST)  # which says it, before a launcher ends it for this one's end
         else:
             Console().print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)

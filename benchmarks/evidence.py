@@ -1,0 +1,95 @@
+"""The paper's claims on data and training, at a small scale on real text, each with intervals and as it falls.
+
+    python benchmarks/evidence.py --data data --folder runs/evidence            # an hour on two cores
+    python benchmarks/evidence.py --data data --folder runs/evidence --only figure3 table11
+    python benchmarks/evidence.py --data data --folder runs/evidence --page docs/evidence.md
+
+`data` holds gsm8k_train.jsonl, gsm8k_test.jsonl (question, answer), math_test.jsonl (problem, solution, type),
+humaneval.jsonl (prompt, canonical_solution), wikitext2_valid.txt and wikitext2_test.txt; Python sources are those of
+the interpreter and of what is installed. Everything is done by the recipes, with a YAML file each that stays in the
+folder. Any number of interruptions costs no finished model.
+"""
+
+import argparse
+from datetime import date
+from pathlib import Path
+
+import yaml
+from common import machine
+from evidence_data import build_data, check_folder
+from evidence_lab import Lab, Scale
+from evidence_mixtures import influence_mix, leave_one_out, rejection
+from evidence_report import page, show
+from evidence_training import narrowing, rank_me, staged_fine_tuning
+from rich.console import Console
+
+CLAIMS = {
+    "figure3": leave_one_out, "figure4": influence_mix, "figure5": narrowing, "figure6": rejection,
+    "table11": rank_me, "table2": staged_fine_tuning,
+}  # fmt: skip
+HEAD = """# The paper's claims, at a small scale
+
+MobileLLM-R1 shows what its data and its recipe gain without seeds or intervals, on models of 140M parameters and more.
+Here the same comparisons are made on models of {parameters}, which read some {tokens:,} tokens of real text each, as
+often as it takes to say how sure they are. What does not replicate at this scale may well hold at the paper's; what
+does is at least no accident of one run. Everything is reported as it fell.
+
+{date}, {machine}. To repeat it: `python benchmarks/evidence.py --data DATA --folder runs/evidence`, with GSM8K, MATH,
+HumanEval and WikiText-2 in DATA, as `--help` says."""
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of GSM8K, MATH, HumanEval and WikiText-2")
+    parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of everything that is trained")
+    parser.add_argument("--only", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="some of the claims")
+    parser.add_argument("--processes", type=positive, default=2, help="models that are trained at a time")
+    parser.add_argument("--steps", type=positive, default=Scale.steps, help="of a model, 1,024 tokens each")
+    parser.add_argument("--audit-steps", type=positive, default=Scale.audit_steps, help="of a model of an audit")
+    parser.add_argument("--seeds", type=positive, default=Scale.seeds, help="of leave-one-out and fine-tuning")
+    parser.add_argument("--page", type=Path, help="Markdown file to write; pictures are put beside it")
+    return parser.parse_args()
+
+
+def build_once(lab: Lab, data: Path) -> None:
+    marker = lab.folder / "data.yaml"
+    if not marker.exists():
+        with lab.console.status("data"):
+            sizes = build_data(data, lab.folder / "data")
+        marker.write_text(yaml.safe_dump({"characters": sizes}))
+
+
+def main() -> None:
+    args, console = parse_args(), Console()
+    scale = Scale(steps=args.steps, audit_steps=args.audit_steps, seeds=args.seeds)
+    lab = Lab(args.folder.resolve(), scale, args.processes, console)
+    try:
+        check_folder(args.data)
+        lab.folder.mkdir(parents=True, exist_ok=True)
+        build_once(lab, args.data)
+        findings = []
+        for name in args.only:
+            findings.append(CLAIMS[name](lab))
+            show(findings[-1], console)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on where it stopped") from None
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+    console.print(machine())
+    if args.page:
+        head = HEAD.format(
+            parameters="0.7 million parameters", tokens=args.steps * 1024, date=date.today().isoformat(),
+            machine=machine(),
+        )  # fmt: skip
+        args.page.write_text(page(findings, head, args.page.parent))
+        console.print(f"{args.page}: written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Claims of evidence.py on what is read: leave-one-out, the influence mix, and rejection (Figures 3, 4 and 6)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from evidence_data import CAPABILITIES, SOURCES
+from evidence_lab import SEQ_LENGTH, STUDENT, TEACHER, Job, Lab, saves
+from evidence_report import FAILS, PARTLY, REPLICATES, Figures, Finding
+
+from mobilellm_hf.audit.arguments import ARMS
+
+# Of the sources, the one that is nearest to broad text from the web.
+BROADEST = "wikitext"
+CHECKPOINTS = 3
+
+
+def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "seed"}
+
+
+def leave_one_out(lab: Lab) -> Finding:
+    scale = lab.scale
+    lab.run_together(
+        Job("leave_one_out.py", "leave-one-out", without_seed(lab.training(scale.steps, 0)) | lab.new_model() | {
+            "sources": lab.sources(), "probes": lab.probes("final"), "rows_per_probe": 128, "seq_length": SEQ_LENGTH,
+            "seeds": list(range(scale.seeds)), "monitor_every": scale.steps,
+        })
+    )  # fmt: skip
+    folder = lab.folder / "leave-one-out"
+    effects = yaml.safe_load((folder / "leave_one_out.yaml").read_text())["effects"]
+    lines = [
+        [source, *("{delta:+.3f} [{low:+.3f}, {high:+.3f}]".format(**effects[source][name]) for name in CAPABILITIES)]
+        for source in effects
+    ]
+    largest = {name: max(effects, key=lambda source: effects[source][name]["delta"]) for name in CAPABILITIES}
+    hurts = [name for name in CAPABILITIES if effects[BROADEST][name]["low"] > 0]
+    needed = [name for name in CAPABILITIES if largest[name] == BROADEST and name in hurts]
+    outcome = REPLICATES if len(needed) == 3 else PARTLY if len(hurts) > 1 else FAILS
+    said = (
+        f"Without {BROADEST} the NLL rises for certain on {listed(hurts)}. What is missed most: "
+        + ", ".join(f"{largest[name]} on {name}" for name in CAPABILITIES) + "."
+    )  # fmt: skip
+    return Finding(
+        "Leave one out (Figure 3)",
+        "without FineWeb-Edu, which is broad text from the web, all three capabilities lose most.",
+        f"{scale.seeds} seeds x {len(SOURCES) + 1} models, equal shares and no text twice; {BROADEST} is the broadest "
+        "source, though an encyclopedia and no web crawl. Probes: HumanEval, GSM8K's and WikiText's test sets.",
+        outcome, said,
+        [Figures("NLL without the source minus with all, nats a token, 95% interval over seeds",
+                 ["left out", *CAPABILITIES], lines)],
+        [folder / "heat_map.png"],
+    )  # fmt: skip
+
+
+def listed(names: Sequence[str]) -> str:
+    return " and ".join(names) or "none"
+
+
+def score(lab: Lab, name: str, checkpoints: Any, **settings: Any) -> Job:
+    """A job that scores the rows of all sources."""
+    return Job("score_influence.py", name, {
+        "checkpoints": checkpoints, "sources": lab.sources(), "probes": lab.probes("tuning"), "rows_per_probe": 64,
+        "tokenizer": str(lab.folder / "data" / "tokenizer"), "seq_length": SEQ_LENGTH, "curvature": "datainf",
+        "batch_size": 16, "rows_per_shard": 1024, **settings,
+    })  # fmt: skip
+
+
+def capability_mixture(lab: Lab) -> dict[str, dict[str, float]]:
+    """The weights of equation (5) and the shrunk ones, by three models' checkpoints, each of its own domain."""
+    every = lab.scale.steps // CHECKPOINTS
+    jobs = []
+    for name in CAPABILITIES:
+        own = [source for source, capability in SOURCES.items() if capability == name]
+        settings = lab.stage(CHECKPOINTS * every, 0, sources=own) | lab.new_model() | saves(every)
+        settings |= {"stage": "pretrain", "save_total_limit": None}
+        jobs.append(Job("pretrain.py", f"capability/{name}", settings))
+    lab.run_all("models of one capability", jobs)
+    folders = {
+        name: [str(lab.folder / "capability" / name / f"checkpoint-{every * (number + 1)}") for number in
+               range(CHECKPOINTS)]
+        for name in CAPABILITIES
+    }  # fmt: skip
+    lab.run_together(score(lab, "influence", folders, rows_per_source=256))
+    found = yaml.safe_load((lab.folder / "influence" / "mixture.yaml").read_text())["uncertainty"]
+    return {name: found[name] for name in ("unshrunk", "shrunk")}
+
+
+def audit_settings(lab: Lab, seeds: int, steps: int) -> dict[str, Any]:
+    rate = lab.scale.learning_rate
+    return without_seed(lab.training(steps, 0)) | lab.new_model() | {
+        "sources": lab.sources(), "tuning_probes": lab.probes("tuning"), "final_probes": lab.probes("final"),
+        "unscored_domains": lab.probes("unscored", "geometry", "tests"), "rows_per_probe": 128,
+        "seq_length": SEQ_LENGTH, "seeds": list(range(seeds)), "learning_rates": [rate, rate / 2],
+    }  # fmt: skip
+
+
+def comparisons_of(results: Mapping[str, Any]) -> list[list[str]]:
+    lines = []
+    for part in results["comparisons"]:
+        final, unscored = part["final"], part["unscored"]
+        lines.append([
+            part["other"], f"{part['learning_rate']:g}",
+            f"{final['mean']:+.4f} [{final['low']:+.4f}, {final['high']:+.4f}]", f"{part['p_value']:.3f}",
+            f"{unscored['mean']:+.4f} [{unscored['low']:+.4f}, {unscored['high']:+.4f}]", part["result"],
+        ])  # fmt: skip
+    return lines
+
+
+AUDIT_COLUMNS = ["against", "learning rate", "final probes", "p (Holm)", "unscored domains", "result"]
+
+
+def against(results: Mapping[str, Any], other: str) -> list[str]:
+    """The results at the learning rates: better, worse, or neither."""
+    return [part["result"] for part in results["comparisons"] if part["other"] == other]
+
+
+def outcome_of(found: Sequence[str]) -> str:
+    better = found.count("better")
+    return REPLICATES if better == len(found) else PARTLY if better and "worse" not in found else FAILS
+
+
+def influence_mix(lab: Lab) -> Finding:
+    scale, mixtures = lab.scale, capability_mixture(lab)
+    file = lab.folder / "influence" / "equation_5.json"
+    file.write_text(json.dumps(mixtures["unshrunk"]))
+    settings = audit_settings(lab, scale.audit_seeds, scale.audit_steps)
+    lab.run_together(
+        Job("audit.py", "audit",
+            settings | {"mixture": str(file), "arms": list(ARMS), "others": {"shrunk": mixtures["shrunk"]}})
+    )  # fmt: skip
+    results = json.loads((lab.folder / "audit" / "results.json").read_text())
+    weights = ", ".join(f"{name} {value:.2f}" for name, value in mixtures["unshrunk"].items())
+    shrunk = ", ".join(f"{name} {value:.2f}" for name, value in mixtures["shrunk"].items())
+    verdict = results["verdict"]
+    return Finding(
+        "Influence mix (Figure 4)",
+        "the mixture by influence, found without the benchmarks, beats uniform sampling on code, math and knowledge.",
+        f"three models of one capability each, {CHECKPOINTS} checkpoints of each, DataInf; equation (5) gives "
+        f"{weights} (shrunk: {shrunk}). Then `recipes/audit.py` with baselines, placebos and rivals, "
+        f"{scale.audit_seeds} seeds, every other arm given the curation's cost as more tokens. Bits per byte on "
+        "HumanEval, GSM8K's and WikiText's test sets; unscored are MATH's geometry and Python's own tests.",
+        outcome_of(against(results, "uniform")),
+        verdict["headline"],
+        [Figures("Bits per byte of the influence mix minus those of the other arm; below 0 it is better",
+                 AUDIT_COLUMNS, comparisons_of(results))],
+        [lab.folder / "audit" / "forest.png"],
+    )  # fmt: skip
+
+
+def rejection(lab: Lab) -> Finding:
+    scale = lab.scale
+    bases = [
+        Job("pretrain.py", f"base/{seed}", lab.stage(scale.steps, seed) | lab.new_model() | {"stage": "pretrain"})
+        for seed in range(2)
+    ]
+    teacher = Job(
+        "pretrain.py", "teacher", lab.stage(3 * scale.steps, 0, 3e-3) | lab.new_model(TEACHER) | {"stage": "pretrain"}
+    )
+    lab.run_all("models that score, and the teacher", [teacher, *bases])
+    models = [str(lab.folder / "base" / str(seed) / "model-pretrain") for seed in range(2)]
+    lab.run_all("influence of every row", [
+        score(lab, f"scores/{seed}", [{"name": model, "step": scale.steps}], bootstraps=0, probe_folds=0)
+        for seed, model in enumerate(models)
+    ])  # fmt: skip
+    scores = [str(lab.folder / "scores" / str(seed) / "influence.parquet") for seed in range(2)]
+    settings = audit_settings(lab, scale.rejection_seeds, scale.audit_steps) | {
+        "scores": scores[0], "other_scores": scores[1], "loss_model": models[0],
+        "teacher": str(lab.folder / "teacher" / "model-pretrain"),
+    }  # fmt: skip
+    lab.run_together(Job("audit.py", "rejection", settings))
+    found = {}
+    for file in sorted((lab.folder / "rejection").glob("rejection*/results.json")):
+        found["distilled" if "-by-" in file.parent.name else "cross-entropy"] = json.loads(file.read_text())
+    outcomes = {name: outcome_of(against(results, "all_rows")) for name, results in found.items()}
+    both = set(outcomes.values())
+    return Finding(
+        "Rejection, plain and distilled (Figure 6)",
+        "what is left after samples without positive influence are dropped trains better than all of it, with "
+        "cross-entropy and, by less, with distillation.",
+        "every row scored by a model trained on all sources (DataInf), the rows above 0 kept; "
+        f"{scale.rejection_seeds} seeds of new models, where the paper goes on from a trained one, and a teacher of "
+        f"{TEACHER['hidden_size']} instead of {STUDENT['hidden_size']} dimensions.",
+        both.pop() if len(both) == 1 else PARTLY,
+        " ".join(f"With {name}: {results['verdict']['headline']}" for name, results in found.items()),
+        [Figures(f"With {name}: bits per byte of what is kept minus those of the other arm", AUDIT_COLUMNS,
+                 comparisons_of(results)) for name, results in found.items()],
+        [picture(lab.folder / "rejection")],
+    )  # fmt: skip
+
+
+def picture(folder: Path) -> Path:
+    """The forest plot of the plain objective, under a name of its own."""
+    named = folder / "rejection.png"
+    named.write_bytes((folder / "rejection" / "forest.png").read_bytes())
+    return named
