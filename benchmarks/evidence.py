@@ -11,17 +11,21 @@ folder. Any number of interruptions costs no finished model.
 """
 
 import argparse
+import hashlib
 from datetime import date
 from pathlib import Path
 
 import yaml
 from common import machine
-from evidence_data import build_data, check_folder
-from evidence_lab import Lab, Scale
+from evidence_data import FILES, build_data, check_folder
+from evidence_lab import STUDENT, Lab, Scale
 from evidence_mixtures import influence_mix, leave_one_out, rejection
 from evidence_report import page, show
 from evidence_training import narrowing, rank_me, staged_fine_tuning
 from rich.console import Console
+from transformers import AutoTokenizer
+
+from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
 
 CLAIMS = {
     "figure3": leave_one_out, "figure4": influence_mix, "figure5": narrowing, "figure6": rejection,
@@ -57,12 +61,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def parameters(lab: Lab) -> int:
+    tokenizer = AutoTokenizer.from_pretrained(lab.folder / "data" / "tokenizer")
+    return MobileLLMForCausalLM(MobileLLMConfig(vocab_size=len(tokenizer), **STUDENT)).num_parameters()
+
+
 def build_once(lab: Lab, data: Path) -> None:
-    marker = lab.folder / "data.yaml"
+    """Raises a ValueError if the folder was made of other data."""
+    marker, digest = lab.folder / "data.yaml", hashlib.sha256()
+    for name in FILES:
+        digest.update((data / name).read_bytes())
     if not marker.exists():
         with lab.console.status("data"):
             sizes = build_data(data, lab.folder / "data")
-        marker.write_text(yaml.safe_dump({"characters": sizes}))
+        marker.write_text(yaml.safe_dump({"characters": sizes, "sha256": digest.hexdigest()}))
+    elif yaml.safe_load(marker.read_text())["sha256"] != digest.hexdigest():
+        raise ValueError(f"{lab.folder} was made of other data than {data}: take another --folder")
 
 
 def main() -> None:
@@ -84,7 +98,7 @@ def main() -> None:
     console.print(machine())
     if args.page:
         head = HEAD.format(
-            parameters="0.7 million parameters", tokens=args.steps * 1024, date=date.today().isoformat(),
+            parameters=f"{parameters(lab):,} parameters", tokens=args.steps * 1024, date=date.today().isoformat(),
             machine=machine(),
         )  # fmt: skip
         args.page.write_text(page(findings, head, args.page.parent))

@@ -1,6 +1,5 @@
 """What evidence.py found of a claim, as tables on the terminal and as a page of Markdown."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,10 +72,9 @@ def interval(values: Sequence[float], others: Sequence[float] | None = None) -> 
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's, of figures without ties; NaN of a constant."""
+    """Spearman's, of figures without ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    found = np.corrcoef(*ranks)[0, 1]
-    return float(found) if math.isfinite(found) else math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def show(finding: Finding, console: Console) -> None:

@@ -101,9 +101,9 @@ def narrowing_finding(
     narrower = [name for name in CAPABILITIES if ratios["datainf", "resampled", 2][name].below()]
     plain = [name for name in CAPABILITIES if ratios["datainf", "plain", 2][name].below()]
     wider = [name for name in CAPABILITIES if ratios["datainf", "resampled", 2][name].above()]
-    outcome = REPLICATES if len(narrower) == 3 else PARTLY if narrower and not wider else FAILS
+    outcome = REPLICATES if len(narrower) == 3 and not plain else PARTLY if narrower and not wider else FAILS
     said = (
-        f"By the paper's curvature the range narrows for certain on {' and '.join(narrower) or 'no capability'} and "
+        f"By DataInf the range narrows (interval below 1) on {' and '.join(narrower) or 'no capability'} and "
         f"widens on {' and '.join(wider) or 'none'}. Without any resampling, by training alone, it narrows on "
         f"{' and '.join(plain) or 'none'}."
     )

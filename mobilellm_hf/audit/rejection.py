@@ -17,8 +17,9 @@
 
 `recipes/audit.py --scores` does it, with plain cross-entropy and, given a teacher, with distillation (Figure 6).
 
-All arms read equally many tokens, of each source alike; what an arm keeps less of it reads oftener, up to the cap on
-repetition. If the flipped arm does as well, the sign of the scores says nothing.
+All arms read equally many tokens, of each source alike; `all_rows` reads for what the scores cost besides. What an arm
+keeps less of it reads oftener, up to the cap on repetition. If the flipped arm does as well, the sign of the scores
+says nothing.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def rejection_arms(
         scores: source -> (rows,) influence of each row.
         losses: source -> (rows,) of a model; without them there is no `loss_matched`.
         other_scores: of another seed's model; without them there is no `other_seed`.
-        curation: what the scores cost, as a share of the training.
+        curation: what the scores cost, as a share of the training; `all_rows`, which needs none, trains longer by it.
 
     Raises:
         ValueError: scores do not fit the rows, or an arm would keep nothing or everything; the message names which.
@@ -171,11 +172,11 @@ def rejection_arms(
     arms = [
         make(KEEP, "audited", dict.fromkeys(seeds, keep), curation),
         make("all_rows", "baseline", dict.fromkeys(seeds, {name: np.ones_like(kept) for name, kept in keep.items()})),
-        make("random_rows", "baseline", drawn(alike, 2)),
-        make("length_matched", "placebo", drawn(lengths, 3)),
+        make("random_rows", "baseline", drawn(alike, 2), curation),
+        make("length_matched", "placebo", drawn(lengths, 3), curation),
     ]
     if losses is not None:
-        arms.append(make("loss_matched", "placebo", drawn(losses, 4)))
+        arms.append(make("loss_matched", "placebo", drawn(losses, 4), curation))
     arms.append(make("flipped", "placebo", dict.fromkeys(seeds, flipped), curation))
     if other_scores is not None:
         arms.append(make("other_seed", "rival", dict.fromkeys(seeds, kept_of(other_scores)), curation))
