@@ -2,7 +2,7 @@
 #                   to its program for a phone (CPU)
 # make test         environment, then the tests
 # make lint         ruff
-# make benchmark    every benchmark in turn
+# make benchmark    every benchmark in turn; that of the paper's claims with DATA=FOLDER, as benchmarks/evidence.py says
 #
 # PYTHON chooses the interpreter of the environment (3.10 or newer), VENV its folder, OUTPUT the quickstart's, and
 # OMP_NUM_THREADS its threads.
@@ -50,6 +50,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/on_device.py --folder runs/on_device
+	$(if $(DATA),$(BIN)/python benchmarks/evidence.py --data $(DATA))
 
 clean:
 	rm -rf $(VENV) build *.egg-info
