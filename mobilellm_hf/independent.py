@@ -99,7 +99,7 @@ def launch_each(
     Ends the process with status 2 after an error that the user can mend, and 130 after Ctrl-C.
 
     Args:
-        check: raises what is wrong with the configuration, which every process finds and the first one says.
+        check: raises what is wrong with the configuration.
         run: called with the instances, a console, which only the first process's is heard of, and its `OwnProcess`.
     """
     process = own_process()
@@ -108,18 +108,17 @@ def launch_each(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    console, checked = Console(quiet=process.number > 0), False
+    console = Console(quiet=process.number > 0)
     try:
         arguments = parser.parse_args_and_config()[: len(classes)]
         check(*arguments)
-        checked = True
         run(*arguments, console, process)
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
         sys.exit(130)
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        if process.number and not checked:
-            time.sleep(SECONDS_FOR_THE_FIRST)  # which says it, before a launcher ends it for this one's end
-        else:
-            Console().print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        if process.number:
+            # What all of them find the first one says, and the launcher ends the others at once.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        Console().print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)
