@@ -1,7 +1,7 @@
 """The paper's claims on data and training, at a small scale on real text, each with intervals and as it falls.
 
     python benchmarks/evidence.py --data data --folder runs/evidence            # an hour on two cores
-    python benchmarks/evidence.py --data data --folder runs/evidence --only figure3 table11
+    python benchmarks/evidence.py --data data --folder runs/evidence --only figure3 figure4 agreement
     python benchmarks/evidence.py --data data --folder runs/evidence --page docs/evidence.md
 
 `data` holds gsm8k_train.jsonl, gsm8k_test.jsonl (question, answer), math_test.jsonl (problem, solution, type),
@@ -19,7 +19,7 @@ import yaml
 from common import machine
 from evidence_data import FILES, build_data, check_folder
 from evidence_lab import STUDENT, Lab, Scale
-from evidence_mixtures import influence_mix, leave_one_out, rejection
+from evidence_mixtures import agreement, influence_mix, leave_one_out, rejection
 from evidence_report import page, show
 from evidence_training import narrowing, rank_me, staged_fine_tuning
 from rich.console import Console
@@ -28,8 +28,8 @@ from transformers import AutoTokenizer
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
 
 CLAIMS = {
-    "figure3": leave_one_out, "figure4": influence_mix, "figure5": narrowing, "figure6": rejection,
-    "table11": rank_me, "table2": staged_fine_tuning,
+    "figure3": leave_one_out, "figure4": influence_mix, "agreement": agreement, "figure5": narrowing,
+    "figure6": rejection, "table11": rank_me, "table2": staged_fine_tuning,
 }  # fmt: skip
 HEAD = """# The paper's claims, at a small scale
 
@@ -93,7 +93,7 @@ def main() -> None:
             show(findings[-1], console)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on where it stopped") from None
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     console.print(machine())
     if args.page:

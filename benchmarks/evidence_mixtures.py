@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import yaml
 from evidence_data import CAPABILITIES, SOURCES
 from evidence_lab import SEQ_LENGTH, STUDENT, TEACHER, Job, Lab, saves
-from evidence_report import FAILS, PARTLY, REPLICATES, Figures, Finding
+from evidence_report import FAILS, PARTLY, REPLICATES, Figures, Finding, interval
 
 from mobilellm_hf.audit.arguments import ARMS
+from mobilellm_hf.audit.statistics import partial_rank_correlation
 
 # Of the sources, the one that is nearest to broad text from the web.
 BROADEST = "wikitext"
@@ -96,7 +99,7 @@ def audit_settings(lab: Lab, seeds: int, steps: int) -> dict[str, Any]:
     return without_seed(lab.training(steps, 0)) | lab.new_model() | {
         "sources": lab.sources(), "tuning_probes": lab.probes("tuning"), "final_probes": lab.probes("final"),
         "unscored_domains": lab.probes("unscored", "geometry", "tests"), "rows_per_probe": 128,
-        "seq_length": SEQ_LENGTH, "seeds": list(range(seeds)), "learning_rates": [rate, rate / 2],
+        "seq_length": SEQ_LENGTH, "seeds": list(range(seeds)), "learning_rates": [rate, rate / 2], "overlap": "drop",
     }  # fmt: skip
 
 
@@ -153,6 +156,41 @@ def influence_mix(lab: Lab) -> Finding:
     )  # fmt: skip
 
 
+def agreement(lab: Lab) -> Finding:
+    """Of what influence predicts and leave-one-out finds, cell by cell of source x capability."""
+    figures = yaml.safe_load((lab.folder / "influence" / "mixture.yaml").read_text())["sources"]
+    rows = pyarrow.parquet.read_table(lab.folder / "leave-one-out" / "leave_one_out.parquet").to_pylist()
+    own = [float(capability == SOURCES[source]) for capability in CAPABILITIES for source in SOURCES]
+    predicted = [place for name in CAPABILITIES for place in places([figures[s]["influence"][name] for s in SOURCES])]
+    plain, given_own, by_own = [], [], []
+    for seed in sorted({row["seed"] for row in rows}):
+        delta = {(row["source"], row["capability"]): row["delta"] for row in rows if row["seed"] == seed}
+        found = [place for name in CAPABILITIES for place in places([delta[source, name] for source in SOURCES])]
+        plain.append(float(np.corrcoef(predicted, found)[0, 1]))
+        by_own.append(float(np.corrcoef(own, found)[0, 1]))
+        given_own.append(partial_rank_correlation(predicted, found, own))
+    found = {"influence": interval(plain), "influence, given that": interval(given_own),
+             "whether the source is of the capability": interval(by_own)}  # fmt: skip
+    more, anything = found["influence, given that"].above(), found["influence"].above()
+    outcome = REPLICATES if more else PARTLY if anything else FAILS
+    return Finding(
+        "Influence predicts leave-one-out (Figures 3 and 4 together)",
+        "influence stands for what a source does to a capability, which leave-one-out measures by training.",
+        f"the influence of each of {len(SOURCES)} sources on each of {len(CAPABILITIES)} capabilities by the models of "
+        "one capability, against what leaving the source out does to the capability's final probe. Ranks within a "
+        "capability, since scales differ; correlation over all cells, mean over the seeds of leave-one-out.",
+        outcome,
+        "A prediction is worth something if it knows more than which source is of which capability.",
+        [Figures("Rank correlation with the NLL that leaving the source out costs, 95% interval over seeds",
+                 ["predicted by", "correlation"], [[name, str(value)] for name, value in found.items()])],
+    )  # fmt: skip
+
+
+def places(values: Sequence[float]) -> list[int]:
+    """0 for the smallest."""
+    return np.argsort(np.argsort(values)).tolist()
+
+
 def rejection(lab: Lab) -> Finding:
     scale = lab.scale
     bases = [
@@ -165,13 +203,15 @@ def rejection(lab: Lab) -> Finding:
     lab.run_all("models that score, and the teacher", [teacher, *bases])
     models = [str(lab.folder / "base" / str(seed) / "model-pretrain") for seed in range(2)]
     lab.run_all("influence of every row", [
-        score(lab, f"scores/{seed}", [{"name": model, "step": scale.steps}], bootstraps=0, probe_folds=0)
+        score(lab, f"scores/{seed}", [{"name": model, "step": scale.steps}], bootstraps=0, probe_folds=0,
+              overlap="allow")
         for seed, model in enumerate(models)
     ])  # fmt: skip
     scores = [str(lab.folder / "scores" / str(seed) / "influence.parquet") for seed in range(2)]
     settings = audit_settings(lab, scale.rejection_seeds, scale.audit_steps) | {
-        "scores": scores[0], "other_scores": scores[1], "loss_model": models[0],
+        "tuning_probes": {}, "scores": scores[0], "other_scores": scores[1], "loss_model": models[0],
         "teacher": str(lab.folder / "teacher" / "model-pretrain"),
+        "overlap": "allow",  # the very rows that are scored; what decides shares nothing with them
     }  # fmt: skip
     lab.run_together(Job("audit.py", "rejection", settings))
     found = {}
