@@ -176,8 +176,8 @@ def agreement(lab: Lab) -> Finding:
     return Finding(
         "Influence predicts leave-one-out (Figures 3 and 4 together)",
         "influence stands for what a source does to a capability, which leave-one-out measures by training.",
-        f"the influence of each of {len(SOURCES)} sources on each of {len(CAPABILITIES)} capabilities by the models of "
-        "one capability, against what leaving the source out does to the capability's final probe. Ranks within a "
+        f"the influence of each of {len(SOURCES)} sources on each of {len(CAPABILITIES)} capabilities by the models "
+        "of one capability, against what leaving the source out does to the capability's final probe. Ranks within a "
         "capability, since scales differ; correlation over all cells, mean over the seeds of leave-one-out.",
         outcome,
         "A prediction is worth something if it knows more than which source is of which capability.",
