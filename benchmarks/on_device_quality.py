@@ -24,6 +24,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from mobilellm_hf import MobileLLMForCausalLM
+from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.data.corpora import load_corpus
 from mobilellm_hf.export import OnDeviceModel, Quantization
 
@@ -103,7 +104,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="where programs are made, and found again")
     parser.add_argument("--texts", type=int, default=64, help="held-out documents")
     parser.add_argument("--length", type=int, default=128, help="tokens of each")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # What was made of other weights stays apart.
+    args.folder /= model_identity(args.model).replace(" ", "-").replace("/", "--")
+    return args
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from transformers import logging as transformers_logging
 from mobilellm_hf import MobileLLMForCausalLM, __version__
 from mobilellm_hf.curation.funnel import funnel_table
 from mobilellm_hf.data.mixture import MixtureDataset
+from mobilellm_hf.export.requirements import need_executorch
 from mobilellm_hf.hub import Target, package_model
 from mobilellm_hf.progress import StageProgress
 from mobilellm_hf.quickstart.data import (
@@ -291,13 +292,14 @@ def main() -> None:
                 "quickstart runs in one process on one device: CUDA_VISIBLE_DEVICES=0 accelerate launch "
                 "--num_processes 1"
             )
+        need_executorch()  # which a late stage asks for
         settings = Settings(**{name: value for name, value in vars(args).items() if name != "output_dir"})
         versions = {"mobilellm_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         run(Workspace(args.output_dir, vars(settings) | versions), settings, console)
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(2)
 

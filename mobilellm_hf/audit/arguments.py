@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+from transformers import AutoConfig
 
 from mobilellm_hf.audit.arms import BASELINES, CURATION_SHARE, Weights, check_weights, load_weights
 from mobilellm_hf.audit.rivals import doge, doremi, mixmin, regmix, similarity
@@ -15,7 +20,7 @@ from mobilellm_hf.audit.statistics import ALPHA, check_seeds
 from mobilellm_hf.data.mixture import MAX_EPOCHS
 from mobilellm_hf.data.rows import check_entries
 from mobilellm_hf.independent import check_new_models, check_whole_models
-from mobilellm_hf.influence.leave_one_out_rows import declared_sources
+from mobilellm_hf.influence.leave_one_out_rows import declared_sources, streamed_sources
 from mobilellm_hf.launch import option
 from mobilellm_hf.modeling.configuration_mobilellm import MODEL_SIZES
 from mobilellm_hf.training.arguments import StageArguments, StageTrainingArguments
@@ -26,6 +31,10 @@ ARMS = (*DRAWN, *FINDERS)
 # What a rejection is compared with in any case.
 REJECTION_ARMS = ("all_rows", "random_rows", "length_matched", "flipped")
 GROUPS = ("tuning", "final", "unscored")
+# Arms whose weights follow from how many tokens there are of each source.
+SIZED = ("proportional", "sqrt_tokens", "similarity", "regmix", "doremi")
+# What `influence.parquet` has beside a column a capability.
+SCORE_COLUMNS = ("row", "source", "tokens")
 
 
 @dataclass
@@ -39,6 +48,10 @@ class AuditArguments:
     others: dict = option("YAML only: name -> file of another tool's weights, an arm each", dict)
     sources: list[dict] = option(
         "YAML only: what there is to read: {name: CORPUS}, {catalog: SOURCE} or {rows: FOLDER}", list
+    )
+    source_tokens: dict = option(
+        "YAML only: source -> tokens that there are of it; by default counted, but a stream has no end to count to",
+        dict,
     )
     tuning_probes: dict = option(
         "YAML only: capability -> list of sources that the mixture was scored on; rivals may look at them", dict
@@ -72,6 +85,20 @@ class AuditArguments:
     shuffle_buffer: int = option("documents among which a stream chooses the next", 10_000)
     dry_run: bool = option("measure the speed, say how long it would take, and train nothing", False)
 
+    def __post_init__(self):
+        self.seeds = numbers("seeds", self.seeds, int, "0, 1, 2")
+        if self.learning_rates is not None:
+            self.learning_rates = numbers("learning_rates", self.learning_rates, float, "6.0e-3, 3.0e-3")
+        if not isinstance(self.arms, list):
+            raise ValueError(f"arms is {self.arms!r}: write a list, such as [uniform, permuted]")
+        for name, of in (("others", "name -> file of weights"), ("source_tokens", "source -> tokens")):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: write {of}")
+        self.source_tokens = {
+            name: numbers(f"source_tokens.{name}", [tokens], float, "")[0]
+            for name, tokens in self.source_tokens.items()
+        }
+
     def stage(self) -> StageArguments:
         """What the functions of a training stage take."""
         names = ("model_size", "model_config", "attn_implementation", "tokenizer", "seq_length")
@@ -98,6 +125,22 @@ class AuditTrainingArguments(StageTrainingArguments):
             raise ValueError(f"seed={self.seed}: an audit takes seeds, a list")
 
 
+def numbers(field: str, values: Any, kind: type, example: str) -> list:
+    """A list of numbers, also of those that YAML takes for text, such as 6e-3; a ValueError names the field."""
+    if not isinstance(values, list):
+        raise ValueError(f"{field} is {values!r}: write a list, such as [{example}]")
+    found = []
+    for value in values:
+        try:
+            number = kind(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{field}: {value!r} is no number") from error
+        if isinstance(value, bool) or (not isinstance(value, str) and number != value):
+            raise ValueError(f"{field}: {value!r} is no {'whole ' if kind is int else ''}number")
+        found.append(number)
+    return found
+
+
 def check(args: AuditArguments, training: AuditTrainingArguments) -> None:
     """Raises a ValueError that names the field for what can be refused before anything is loaded."""
     if args.mixture is None and args.scores is None:
@@ -105,15 +148,34 @@ def check(args: AuditArguments, training: AuditTrainingArguments) -> None:
     check_scores(args)
     check_new_models(args.model_size, args.model_config, args.tokenizer)
     check_entries("sources", args.sources)
+    check_sizes(args)
     check_probes(args)
     check_design(args, training)
     check_whole_models(training)
-    if {"doremi", "doge"} & set(args.arms):
+    if args.scores is None and {"doremi", "doge"} & set(args.arms):
         check_batches(training)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the picture at the end needs matplotlib: pip install 'mobilellm_hf[plots]'")
     if (names := declared_sources(args.sources)) is not None:
-        check_weight_files(args, names)
+        check_names(args, names)
+
+
+def check_sizes(args: AuditArguments) -> None:
+    """Raises a ValueError if an arm needs the size of a stream, which nobody knows, or a size is none."""
+    for name, tokens in args.source_tokens.items():
+        if not 0 < tokens < math.inf:
+            raise ValueError(f"source_tokens: {name} has {tokens!r}, which is no number of tokens")
+    if args.scores is None:
+        needing = [name for name in args.arms if name in SIZED]
+    else:
+        needing = [] if args.mixture is not None else ["a rejection without a mixture"]
+    unknown = [name for name in streamed_sources(args.sources) if name not in args.source_tokens]
+    if needing and unknown:
+        raise ValueError(
+            f"source_tokens: {needing[0]} takes its weights from the tokens that there are of each source, and "
+            f"{', '.join(unknown)} {'is a stream' if len(unknown) == 1 else 'are streams'} of unknown size: write "
+            f"source_tokens: {{{unknown[0]}: TOKENS}}, leave {', '.join(needing)} out, or set streaming: false"
+        )
 
 
 def check_scores(args: AuditArguments) -> None:
@@ -124,6 +186,29 @@ def check_scores(args: AuditArguments) -> None:
         file = getattr(args, name)
         if file is not None and not Path(file).is_file():
             raise ValueError(f"{name}: there is no file {file}")
+        if file is not None:
+            check_rule(name, file, args.score_rule)
+    for name in ("loss_model", "teacher"):
+        model = getattr(args, name)
+        try:
+            if model is not None:
+                AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: there is no model at {model} ({error})") from error
+
+
+def check_rule(field: str, file: str | Path, rule: str) -> list[str]:
+    """The capabilities of a file of scores; a ValueError names the field if it is none, or knows no such rule."""
+    try:
+        columns = pyarrow.parquet.read_schema(file).names
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{field}: {file} is no parquet file ({error})") from error
+    if missing := [name for name in ("source", "tokens") if name not in columns]:
+        raise ValueError(f"{field}: {file} has no column {missing[0]!r}: give an influence.parquet of scores")
+    capabilities = [name for name in columns if name not in SCORE_COLUMNS]
+    if not capabilities or rule not in ("mean", *capabilities):
+        raise ValueError(f"score_rule={rule!r} must be mean or one of {', '.join(capabilities)}, as {file} has them")
+    return capabilities
 
 
 def check_probes(args: AuditArguments) -> None:
@@ -142,8 +227,10 @@ def check_probes(args: AuditArguments) -> None:
 
 def check_design(args: AuditArguments, training: AuditTrainingArguments) -> None:
     """Raises a ValueError unless the arms, seeds, rates and shares make an experiment."""
-    if unknown := sorted(set(args.arms) - set(ARMS)):
+    if unknown := [name for name in args.arms if name not in ARMS]:
         raise ValueError(f"arms: there is no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    if twice := [name for name in ARMS if args.arms.count(name) > 1]:
+        raise ValueError(f"arms: {twice[0]} is there twice")
     for name in args.others:
         if not re.fullmatch(r"[\w.-]+", name) or name in ("mixture", *ARMS):
             raise ValueError(f"others: {name!r} cannot name an arm: use other letters, digits, '_', '-' or '.'")
@@ -178,7 +265,9 @@ def read_weights(args: AuditArguments, sources: list[str]) -> tuple[Weights, dic
     return load_weights(args.mixture, sources), others
 
 
-def check_weight_files(args: AuditArguments, sources: list[str]) -> None:
-    """Raises a ValueError that names the file whose weights are not of these sources."""
+def check_names(args: AuditArguments, sources: list[str]) -> None:
+    """Raises a ValueError that names the file whose weights are not of these sources, or source_tokens."""
+    if unknown := [name for name in args.source_tokens if name not in sources]:
+        raise ValueError(f"source_tokens names {unknown[0]!r}; the sources are {', '.join(sources)}")
     if args.mixture is not None:
         read_weights(args, sources)

@@ -1,7 +1,7 @@
 """The arms of an audit: the mixture that is asked about, and what it must be better than to be worth its cost.
 
     audited = load_weights("runs/influence/mixture.yaml", proxy.sources)
-    arms = build_arms(audited, proxy.tokens_per_source, seeds=range(9), curation_share=0.176)
+    arms = build_arms(audited, proxy.proportional, seeds=range(9), curation_share=0.176)
     runs = arm_runs(proxy, arms, range(9), [3e-3, 1.5e-3], curation_share=0.176)    # a MixtureRun each
 
     baselines   uniform; proportional to tokens; to the square root of tokens
@@ -11,7 +11,8 @@
 
 A placebo is drawn anew for every seed: so its figures stand for any permutation and any random mixture, and the test
 counts their spread. All arms cost equally many tokens, what finding their weights cost included: an arm that cost
-nothing to find trains longer, uniform by 17.6% against the paper's (6,800 of its 38,600 GPU hours were curation).
+nothing to find trains longer, uniform by 17.6% against the paper's (whose curation took 6,800 GPU hours, beside the
+38,600 of its training).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,17 @@ import yaml
 
 from mobilellm_hf.audit.proxy import MixtureRun, Proxy, build_mixture
 from mobilellm_hf.data.source_weights import source_weights
+from mobilellm_hf.training.live_mixture import draws_per_step
 
 AUDITED = "mixture"
 BASELINES = ("uniform", "proportional", "sqrt_tokens")
 PLACEBOS = ("permuted", "random", "similarity")
-# Of the paper's 38,600 GPU hours, those that found the weights.
+# GPU hours of the paper that found the weights, over those of the training (28,000 + 10,000 + 600).
 CURATION_SHARE = 6_800 / 38_600
 # A share that the cap on repetition lowers by more is noted.
 CUT_NOTED = 0.02
+# Epochs that no source of a single row reaches.
+NO_CAP = 1e9
 # Permutations that are tried for one that changes the weights.
 TRIES = 100
 
@@ -102,7 +106,7 @@ def baseline(name: str, tokens: Mapping[str, int]) -> Weights:
     """One of `BASELINES`.
 
     Args:
-        tokens: source -> how many there are.
+        tokens: source -> how many there are, or its share of them.
     """
     power = {"uniform": 0.0, "proportional": 1.0, "sqrt_tokens": 0.5}[name]
     values = {source: count**power for source, count in tokens.items()}
@@ -142,7 +146,7 @@ def build_arms(
     """The audited mixture first, then baselines and placebos by name, then what others have found.
 
     Args:
-        tokens: source -> how many there are.
+        tokens: source -> how many there are, or its share of them.
         found: arms whose weights had to be found first: similarity, rivals, other tools'.
         curation_share: what finding the audited weights cost.
 
@@ -214,11 +218,17 @@ def arm_runs(
     return runs
 
 
-def training_notes(arms: Sequence[Arm], spent: Mapping[str, Mapping[str, Any]], max_epochs: float) -> list[str]:
+def training_notes(
+    proxy: Proxy,
+    arms: Sequence[Arm],
+    runs: Mapping[tuple[str, float, int], MixtureRun],
+    spent: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
     """What the arms were charged for curation, and where the cap on repetition changed what they read.
 
     Args:
-        spent: arm -> "rows" and "epochs", each seed -> source -> how many.
+        runs: (arm, learning rate, seed) -> run, as they were trained.
+        spent: arm -> "rows", of each seed source -> how many were read.
     """
     notes = []
     if charged := [f"{arm.name} {arm.curation:.1%}" for arm in arms if arm.curation]:
@@ -228,24 +238,23 @@ def training_notes(arms: Sequence[Arm], spent: Mapping[str, Mapping[str, Any]], 
             + f"; {', '.join(free)} nothing, so that they trained longer" * bool(free)
             + "."
         )
+    of_seed = {(arm, seed): run for (arm, _, seed), run in runs.items()}
     for arm in arms:
-        if cut := _cut(arm, spent[arm.name]["rows"], spent[arm.name]["epochs"], max_epochs):
+        rows = spent[arm.name]["rows"]
+        cut = [part for seed, read in rows.items() for part in _cut(proxy, of_seed[arm.name, seed], read)]
+        if cut:
             lost, source, asked = max(cut)
             notes.append(
                 f"The cap on repetition changed {arm.name}: {source} gave {asked - lost:.1%} of the rows, instead of "
-                f"{asked:.1%} of the tokens."
+                f"{asked:.1%}."
             )
     return notes
 
 
-def _cut(
-    arm: Arm, rows: Mapping[int, Mapping[str, int]], epochs: Mapping[int, Mapping[str, float]], max_epochs: float
-) -> list[tuple[float, str, float]]:
-    """The share that a source lost, its name, and the share that it was to have, where the cap was met in a seed."""
-    found = []
-    for seed, read in rows.items():
-        total = sum(read.values())
-        lost = {name: weight - read.get(name, 0) / total for name, weight in arm.weights[seed].items()}
-        met = [name for name in lost if epochs[seed].get(name, 0.0) >= max_epochs]
-        found += [(lost[name], name, arm.weights[seed][name]) for name in met if lost[name] > CUT_NOTED]
-    return found
+def _cut(proxy: Proxy, run: MixtureRun, read: Mapping[str, int]) -> list[tuple[float, str, float]]:
+    """The share of the rows that a source lost, its name, and the share that it would have given without a cap."""
+    draws = (run.steps or proxy.training.max_steps) * draws_per_step(proxy.training)
+    uncapped = build_mixture(replace(proxy, max_epochs=NO_CAP), run).report(draws)
+    asked = {name: drawn.rows / draws for name, drawn in uncapped.items()}
+    lost = {name: share - read.get(name, 0) / draws for name, share in asked.items()}
+    return [(lost[name], name, asked[name]) for name in lost if lost[name] > CUT_NOTED]

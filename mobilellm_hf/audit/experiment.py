@@ -9,28 +9,25 @@ processes may be at it together.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-import mobilellm_hf
 from mobilellm_hf.audit.arguments import (
     DRAWN,
     FINDERS,
     GROUPS,
     AuditArguments,
     AuditTrainingArguments,
-    check_weight_files,
+    check_names,
     learning_rates,
     read_weights,
 )
@@ -47,37 +44,24 @@ from mobilellm_hf.audit.rejection import (
     rejection_runs,
     row_losses,
 )
-from mobilellm_hf.audit.report import MIXTURE, Verdict, comparison_table, verdict, write_results
+from mobilellm_hf.audit.report import comparison_table, write_results
 from mobilellm_hf.audit.rivals.common import RunsProgress
-from mobilellm_hf.data.rows import load_rows
+from mobilellm_hf.audit.settings import ARM_FIELDS, UNSHARED, settings_of, teacher_digest
+from mobilellm_hf.audit.verdict import MIXTURE, Verdict, verdict
+from mobilellm_hf.data.rows import expand_entry, load_rows
 from mobilellm_hf.independent import OwnProcess
-from mobilellm_hf.influence.leave_one_out import finished
+from mobilellm_hf.influence.leave_one_out import BLOCK_SIZE, finished
 from mobilellm_hf.influence.leave_one_out_rows import prepare_rows
 from mobilellm_hf.influence.overlap import refuse_overlap
 from mobilellm_hf.modeling import MobileLLMConfig
 from mobilellm_hf.progress import Stage, StageProgress
 from mobilellm_hf.training.distillation import DistillationCallback
-from mobilellm_hf.training.stage import DECISIVE, build_model
+from mobilellm_hf.training.stage import build_model
 from mobilellm_hf.training.stage_data import load_tokenizer_and_config
-from mobilellm_hf.workspace import Workspace
+from mobilellm_hf.workspace import Workspace, write_whole
 
-# What audits in one folder may differ in: which arms there are, and what is made of them.
-ARM_FIELDS = (
-    "mixture", "arms", "seeds", "others", "scores", "other_scores", "score_rule", "loss_model", "teacher",
-)  # fmt: skip
-UNSHARED = ("learning_rates", "curation_share", "proxy_share", "alpha")
 # Of the models that rivals train, none of which is to start as an arm does.
 RIVAL_SEED = 1_000_000
-
-
-def settings_of(args: AuditArguments, training: AuditTrainingArguments) -> dict[str, Any]:
-    """What decides a model of given weights, steps, seed and learning rate, which are its own."""
-    settings = dataclasses.asdict(args) | {name: getattr(training, name) for name in DECISIVE}
-    settings["mixed_precision"] = getattr(training, "mixed_precision", None)  # which accelerate's file can say, too
-    settings |= {"rows_per_step": training.global_batch(), "mobilellm_hf": mobilellm_hf.__version__}
-    for name in (*ARM_FIELDS, *UNSHARED, "seed", "dry_run", "attn_implementation"):
-        del settings[name]
-    return settings
 
 
 def new_model(args: AuditArguments, config: MobileLLMConfig, seed: int) -> PreTrainedModel:
@@ -85,15 +69,23 @@ def new_model(args: AuditArguments, config: MobileLLMConfig, seed: int) -> PreTr
 
 
 def refuse_shared_probes(args: AuditArguments, tokenizer: PreTrainedTokenizerBase, config: MobileLLMConfig) -> None:
-    """Raises a ValueError that names the final probe or unscored domain with rows of a tuning probe."""
-    load = partial(
-        load_rows, tokenizer=tokenizer, seq_length=args.seq_length, config=config, rows_per_source=args.rows_per_probe
-    )
-    tuning = {name: load(entries) for name, entries in args.tuning_probes.items()}
+    """Raises a ValueError that names the final probe or unscored domain with rows of a tuning probe.
+
+    Methods may have been tuned on any of its rows, so all of them are looked at; of streams the first.
+    """
+    load = partial(load_rows, tokenizer=tokenizer, seq_length=args.seq_length, config=config)
+    tuning = {}
+    for name, entries in args.tuning_probes.items():
+        streams = [entry for entry in entries if any(given.get("streaming") for given in expand_entry(entry))]
+        if still := [entry for entry in entries if entry not in streams]:
+            tuning[name] = load(still)
+        if streams:
+            tuning[f"{name} (streamed)"] = load(streams, rows_per_source=args.rows_per_probe)
     for field in ("final_probes", "unscored_domains"):
         for name, entries in getattr(args, field).items():
+            decisive = load(entries, rows_per_source=args.rows_per_probe)
             try:
-                refuse_overlap(load(entries), tuning, "Take other text: what methods were tuned on decides nothing.")
+                refuse_overlap(decisive, tuning, "Take other text: what methods were tuned on decides nothing.")
             except ValueError as error:
                 raise ValueError(f"{field}.{name} and tuning_probes: {error}") from error
 
@@ -101,15 +93,19 @@ def refuse_shared_probes(args: AuditArguments, tokenizer: PreTrainedTokenizerBas
 def make_rows(
     args: AuditArguments, training: AuditTrainingArguments, workspace: Workspace, stage: Stage
 ) -> tuple[Proxy, dict[str, Dataset], PreTrainedTokenizerBase]:
-    """The proxy, and the final probes and unscored domains."""
+    """The proxy, and the final probes and unscored domains. Of a stream as many rows are kept as a model reads.
+
+    The proxy's own counts are of the rows at hand; what is proportional to tokens follows `source_tokens`, too.
+    """
     tokenizer, config = load_tokenizer_and_config(args.stage())
     if not (workspace.folder / "rows").exists():
         refuse_shared_probes(args, tokenizer, config)
     longest = arm_steps(Arm("longest", "baseline", {}), training.max_steps, args.curation_share)
+    draws = longest * training.global_batch()
     sources, probes = prepare_rows(
-        workspace, args.sources, args.probes(), tokenizer, args.seq_length, config, longest * training.global_batch(),
-        rows_per_probe=args.rows_per_probe, overlap=args.overlap, shuffle_buffer=args.shuffle_buffer,
-        check=lambda found: check_weight_files(args, list(found)), stage=stage,
+        workspace, args.sources, args.probes(), tokenizer, args.seq_length, config, draws,
+        rows_per_stream=draws + BLOCK_SIZE, rows_per_probe=args.rows_per_probe, overlap=args.overlap,
+        shuffle_buffer=args.shuffle_buffer, check=lambda found: check_names(args, list(found)), stage=stage,
     )  # fmt: skip
     of_group = {
         group: {name.removeprefix(f"{group} "): rows for name, rows in probes.items() if name.startswith(f"{group} ")}
@@ -117,7 +113,7 @@ def make_rows(
     }
     proxy = Proxy(
         partial(new_model, args, config), sources, of_group["tuning"], training, tokens_per_source(sources),
-        proportional(sources), args.max_epochs,
+        proportional(sources, args.source_tokens), args.max_epochs,
     )  # fmt: skip
     return proxy, of_group["final"] | of_group["unscored"], tokenizer
 
@@ -144,7 +140,7 @@ def make_arms(args: AuditArguments, proxy: Proxy, folder: Path, stage: Stage) ->
         Arm(name, "rival", dict.fromkeys(args.seeds, weights), args.curation_share) for name, weights in others.items()
     ]
     drawn = [name for name in args.arms if name in DRAWN]
-    build = partial(build_arms, audited, proxy.tokens_per_source, args.seeds, drawn)
+    build = partial(build_arms, audited, proxy.proportional, args.seeds, drawn)
     arm_runs(proxy, build(of_tools, args.curation_share), args.seeds, [1.0], args.curation_share)
     return build([*find_weights(args, proxy, folder, stage), *of_tools], args.curation_share)
 
@@ -171,12 +167,12 @@ def train_arms(
 
 def run_audit(args: AuditArguments, training: AuditTrainingArguments, console: Console, process: OwnProcess) -> None:
     """Of a mixture; of a rejection, if there are `scores`."""
+    tokenizer, config = load_tokenizer_and_config(args.stage())
     if process.number == 0:
-        _, config = load_tokenizer_and_config(args.stage())
         estimate(args, training, partial(new_model, args, config), console, process)
     if args.dry_run:
         return
-    workspace = Workspace(Path(training.output_dir), settings_of(args, training))
+    workspace = Workspace(Path(training.output_dir), settings_of(args, training, tokenizer))
     work = audit_mixture if args.scores is None else audit_rejection
     work(args, training, workspace, console, process)
 
@@ -216,7 +212,7 @@ def audit_rejection(
     """With plain cross-entropy, and then, given a teacher, with distillation; a folder of results each."""
     objectives = {"rejection": None}
     if args.teacher is not None:
-        objectives[f"rejection-by-{hashlib.sha256(args.teacher.encode()).hexdigest()[:8]}"] = args.teacher
+        objectives[f"rejection-by-{teacher_digest(args.teacher)}"] = args.teacher
     with StageProgress(["rows", "scores", "models", "results"], console) as progress:
         with progress.stage("rows") as stage:
             proxy, probes, tokenizer = make_rows(args, training, workspace, stage)
@@ -261,17 +257,30 @@ def conclude(
     sizes: Mapping[str, ProbeSize],
     subject: str,
 ) -> tuple[Outcomes, list[Comparison], Verdict]:
-    """Compares what is in a subfolder; writes results.json and forest.png there, of a mixture beside its arms."""
+    """Compares what is in a subfolder; writes results.json and forest.png there, of a mixture beside its arms.
+
+    They are of the latest audit; in `results/` beside them those of every mixture, or of all scores, stay.
+    """
     outcomes, spent = read_outcomes(
         proxy, arms, runs, workspace.folder / name, sizes, list(args.final_probes), list(args.unscored_domains)
     )
     comparisons = compare(outcomes, args.alpha)
-    conclusion = verdict(outcomes, comparisons, training_notes(arms, spent, args.max_epochs), subject)
+    conclusion = verdict(outcomes, comparisons, training_notes(proxy, arms, runs, spent), subject)
     settings = workspace.settings | {field: getattr(args, field) for field in (*ARM_FIELDS, *UNSHARED)}
     folder = workspace.folder if subject == MIXTURE else workspace.folder / name
-    write_results(folder, outcomes, comparisons, conclusion, settings, spent)
-    save_picture(folder / "forest.png", partial(plot_forest, outcomes, comparisons))
+    own = folder / "results" / results_name(args, arms[0], runs)
+    write_results(own, outcomes, comparisons, conclusion, settings, spent)
+    save_picture(own / "forest.png", partial(plot_forest, outcomes, comparisons))
+    for file in ("results.json", "forest.png"):
+        write_whole(folder / file, partial(shutil.copyfile, own / file))
     return outcomes, comparisons, conclusion
+
+
+def results_name(args: AuditArguments, audited: Arm, runs: Mapping[tuple[str, float, int], MixtureRun]) -> str:
+    """The file that is audited, and the digest that the names of its arms have, of weights, steps and kept rows."""
+    name = next(run.name for (arm, _, _), run in runs.items() if arm == audited.name)
+    digest = name.removeprefix(f"{audited.name}-").partition("-")[0]
+    return f"{Path(args.mixture if args.scores is None else args.scores).stem}-{digest}"
 
 
 def say(outcomes: Outcomes, comparisons: Sequence[Comparison], conclusion: Verdict, console: Console) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobilellm_hf.audit.outcomes import UNDECIDED, Comparison, Outcomes
-from mobilellm_hf.audit.report import NAMES
 from mobilellm_hf.audit.statistics import PairedDifference
+from mobilellm_hf.audit.verdict import NAMES
 from mobilellm_hf.training.plots import COLORS
 
 if TYPE_CHECKING:

@@ -54,8 +54,8 @@ class Proxy:
         tuning_probes: name -> rows that a method may look at for its weights. No final probe shares text with them.
         training: of a model: max_steps, batch, learning rate; train_sampling_strategy="sequential",
             remove_unused_columns=False, as a mixture needs them. Its seed and output_dir are replaced.
-        tokens_per_source: name -> |D_j|.
-        proportional: name -> share of the tokens that there are; they sum to 1.
+        tokens_per_source: name -> tokens of its rows; of a stream, of those that were kept.
+        proportional: name -> share of the tokens that there are, |D_j| over the sum; they sum to 1.
         max_epochs: how often a source may be read, in every arm.
     """
 
@@ -121,9 +121,13 @@ def tokens_per_source(sources: Mapping[str, Dataset]) -> dict[str, int]:
     return {name: sum(map(len, rows["input_ids"])) for name, rows in sources.items()}
 
 
-def proportional(sources: Mapping[str, Dataset]) -> dict[str, float]:
-    """source -> its share of the tokens that there are."""
-    tokens = tokens_per_source(sources)
+def proportional(sources: Mapping[str, Dataset], source_tokens: Mapping[str, float] | None = None) -> dict[str, float]:
+    """source -> its share of the tokens that there are.
+
+    Args:
+        source_tokens: source -> tokens that there are of it, where the rows are not all of them.
+    """
+    tokens = tokens_per_source(sources) | dict(source_tokens or {})
     total = sum(tokens.values())
     return {name: count / total for name, count in tokens.items()}
 

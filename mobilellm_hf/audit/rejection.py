@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from mobilellm_hf.audit.arguments import check_rule
 from mobilellm_hf.audit.arms import Arm, Weights, arm_steps
 from mobilellm_hf.audit.proxy import Keep, MixtureRun, Proxy, build_mixture
 from mobilellm_hf.nll import IGNORED_LABEL, evaluation_batches
@@ -69,10 +70,8 @@ def load_scores(file: str | Path, sources: Mapping[str, Dataset], rule: str = "m
     Raises:
         ValueError: the file does not score these rows, one by one, or there is no such capability.
     """
+    capabilities = check_rule("scores", file, rule)
     table = pyarrow.parquet.read_table(file)
-    capabilities = [name for name in table.column_names if name not in ("row", "source", "tokens")]
-    if rule not in ("mean", *capabilities):
-        raise ValueError(f"rule={rule!r} must be mean or one of {', '.join(capabilities)}")
     columns = [table[name].to_numpy() for name in (capabilities if rule == "mean" else [rule])]
     influence, of_source, tokens = (
         np.mean(columns, 0),

@@ -35,7 +35,8 @@ class PairedDifference:
         mean, low, high: their mean, and its 95% interval by Student's t.
         p_value: two-sided, of the exact sign-flip test.
         t_p_value: two-sided, of the paired t-test.
-        detectable: the true difference that a t-test would find with a chance of 80%, given the spread over seeds.
+        detectable: the true difference that this one t-test at 5% would find with a chance of 80%, given the spread
+            over seeds; where several are tested and corrected for, it takes more.
     """
 
     per_seed: tuple[float, ...]

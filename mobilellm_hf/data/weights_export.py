@@ -11,6 +11,7 @@ Sources of weight 0 are left out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -75,13 +76,20 @@ class WeightsExport:
     file: Path
 
     def parts(self) -> list[tuple[str, Location, float]]:
-        """(name, location, probability of a row); a source in several places is divided equally among them."""
-        found = []
+        """(name, location, probability of a row); a source in several places is divided equally among them.
+
+        Names are of letters, digits, "_", "-" and "." and are distinct: of those that would be alike, the later ones
+        are numbered.
+        """
+        found, taken = [], set()
         for source in self.sources:
             count = len(source.locations)
             for number, location in enumerate(source.locations):
                 name = source.name if count == 1 else f"{source.name}_{location.name or number}"
-                found.append((re.sub(r"[^\w.-]+", "_", name), location, source.probability / count))
+                plain = re.sub(r"[^\w.-]+", "_", name)
+                versions = (plain if again == 1 else f"{plain}_{again}" for again in itertools.count(1))
+                taken.add(own := next(version for version in versions if version not in taken))
+                found.append((own, location, source.probability / count))
         return found
 
 

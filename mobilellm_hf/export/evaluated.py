@@ -64,16 +64,20 @@ def load_on_device(
     for field, (given, free) in decided.items():
         if given != free:
             raise ValueError(f"{field}={given!r}: {name} is an exported program, which has decided that: leave it out")
-    try:
-        report = json.loads(Path(name, REPORT).read_text())
-        kept = {key: report[key] for key in ("model", "quantization", "kv_cache", "context")}
-        parameters = report["parameters"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} has no {REPORT} that tells what was exported ({error}): export it again") from error
+    parameters, kept = _reported(name)
     model = OnDeviceModel(name, tokenizer)
     sampler = OnDeviceSampler(model)
     lm = OnDeviceLM(model)
     return Evaluated(name, sampler.identity, parameters, model.context, lm, sampler, tokenizer, {"exported": kept})
+
+
+def _reported(name: str) -> tuple[int, dict[str, Any]]:
+    """Of an exported folder: how many parameters, and what tells its program from others of the same weights."""
+    try:
+        report = json.loads(Path(name, REPORT).read_text())
+        return report["parameters"], {key: report[key] for key in ("model", "quantization", "kv_cache", "context")}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} has no {REPORT} that tells what was exported ({error}): export it again") from error
 
 
 class OnDeviceLM(TemplateLM):

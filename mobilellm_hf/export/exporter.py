@@ -21,7 +21,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,46 @@ from mobilellm_hf.curation.scoring import model_identity
 from mobilellm_hf.data.tokenization import check_tokenizer
 from mobilellm_hf.export.arguments import MAX_SEQ_LEN, ExportArguments
 from mobilellm_hf.export.graph import OnDeviceGraph
-from mobilellm_hf.export.program import PROGRAM, REPORT, StoredWeight, lower, metadata, read_weights, write_program
+from mobilellm_hf.export.program import (
+    PROGRAM,
+    REPORT,
+    StoredWeight,
+    lower,
+    metadata,
+    read_operators,
+    read_weights,
+    write_program,
+)
 from mobilellm_hf.export.quantization import Quantization, QuantizedLayer, read_back
 from mobilellm_hf.export.requirements import need_executorch
-from mobilellm_hf.export.size import cache_bytes, check_room, size_table, stored_bytes
+from mobilellm_hf.export.size import cache_bytes, check_disk, check_room, size_table, stored_bytes
 from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
-from mobilellm_hf.progress import StageProgress, StagesWithin
+from mobilellm_hf.progress import Stage, StageProgress, StagesWithin
 
 VERSIONED = ("executorch", "torch", "torchao", "transformers")
 # RoPE types whose angles depend on how long the text is, which a graph cannot decide.
 DYNAMIC_ROPE = ("dynamic", "longrope")
+EMBEDDING_OPERATORS = {"4w": "quantized_decomposed::embedding_4bit", "8w": "quantized_decomposed::embedding_byte"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a model that fits the arguments, and what is decided for it.
+
+    Attributes:
+        identity: of the weights, before quantization changes them.
+        parts: bytes of every part as it will be stored.
+        parameters: their count.
+    """
+
+    model: MobileLLMForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    quantization: Quantization
+    context: int
+    cache_dtype: torch.dtype
+    identity: str
+    parts: dict[str, int]
+    parameters: int
 
 
 def run_export(args: ExportArguments, console: Console, progress: StageProgress | StagesWithin | None = None) -> Path:
@@ -59,49 +91,80 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
     """
     args.check()
     need_executorch()
-    folder = Path(args.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output={folder} exists and is not empty: delete it, or give another folder")
-    with progress or StageProgress(["model", "quantization", "program", "results"], console) as progress:
+    folder, stages = Path(args.output), ["model", "quantization", "program", "results"]
+    with whole_folder(folder) as partial, progress or StageProgress(stages, console) as progress:
         with progress.stage("model") as stage:
-            config = load_config(args.model)
-            context = context_of(args, config)
-            quantization = Quantization.for_config(
-                args.quantize, config, group_size=args.group_size, embedding=args.embedding,
-                embedding_group_size=args.embedding_group_size, fall_back=args.group_fall_back,
-            )  # fmt: skip
-            cache_dtype = getattr(torch, args.kv_cache)
-            memory, disk = check_room(config, quantization, context, cache_dtype, folder)
-            tokenizer = load_tokenizer(args.model, config)
-            model = MobileLLMForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
-            identity = identity_of(args.model, model)  # before quantization changes them
-            stage.say(f"{model.num_parameters():,} parameters, up to {memory / 1e9:.1f} GB of memory")
-        parts, parameters = stored_bytes(model, quantization), model.num_parameters()
-        eos = model.generation_config.eos_token_id
+            source = load_source(args, stage)
         with progress.stage("quantization") as stage:
-            layers = quantization.apply(model)
+            layers = source.quantization.apply(source.model)
             stage.say(summary_of(layers))
         with progress.stage("program") as stage:
-            graph = OnDeviceGraph(model, context, args.prefill, cache_dtype)
-            constants = metadata(config, context, graph.prefill, eos)
-            program = lower(graph, constants)
-            stage.say(f"context {context:,}, cache {cache_bytes(config, context, cache_dtype) / 1e6:.0f} MB")
+            graph, program = build_program(source, args.prefill)
+            cache = cache_bytes(graph.config, source.context, source.cache_dtype)
+            stage.say(f"context {source.context:,}, cache {cache / 1e6:.0f} MB")
         with progress.stage("results"):
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             write_program(program, partial / PROGRAM)
             verify(partial / PROGRAM, graph)
-            tokenizer.save_pretrained(partial)
-            config.save_pretrained(partial)
-            model.generation_config.save_pretrained(partial)
-            report = report_of(args, identity, quantization, layers, parts, parameters, context, graph.prefill)
+            for part in (source.tokenizer, graph.config, source.model.generation_config):
+                part.save_pretrained(partial)
+            report = report_of(args, source, layers, graph.prefill)
             (partial / REPORT).write_text(json.dumps(report, indent=2))
-            shutil.rmtree(folder, ignore_errors=True)  # which is empty
-            os.replace(partial, folder)
-    console.print(size_table(parts, folder / PROGRAM))
+    console.print(size_table(source.parts, folder / PROGRAM))
     console.print(f"{folder}: {PROGRAM}, tokenizer and {REPORT}", soft_wrap=True)
     return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside this one, which gets its name when all is done and goes away when anything fails.
+
+    Raises:
+        ValueError: the name is taken or cannot be written; before anything is computed.
+    """
+    here, final = Path.cwd(), folder.resolve()
+    if final in (here, *here.parents):
+        raise ValueError(f"output={folder} is where you are: give a folder of its own")
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"output={folder} exists and is not empty: delete it, or give another folder")
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"output={folder} cannot be written: {error}") from error
+    try:
+        yield partial
+        if final.exists():
+            final.rmdir()
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_source(args: ExportArguments, stage: Stage) -> Source:
+    """Loads what fits; what does not is refused before the weights are read, as `run_export` tells."""
+    config = load_config(args.model)
+    context, cache_dtype = context_of(args, config), getattr(torch, args.kv_cache)
+    quantization = Quantization.for_config(
+        args.quantize, config, group_size=args.group_size, embedding=args.embedding,
+        embedding_group_size=args.embedding_group_size, fall_back=args.group_fall_back,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(args.model, config)
+    memory = check_room(args.model, config, quantization, context, cache_dtype)
+    vocabulary = tokenizer.backend_tokenizer.to_str(pretty=True)  # tokenizer.json
+    check_disk(Path(args.output), config, quantization, len(vocabulary.encode()))
+    model = MobileLLMForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
+    identity, parts = identity_of(args.model, model), stored_bytes(model, quantization)
+    parameters = model.num_parameters()
+    stage.say(f"{parameters:,} parameters, up to {memory / 1e9:.1f} GB of memory")
+    return Source(model, tokenizer, quantization, context, cache_dtype, identity, parts, parameters)
+
+
+def build_program(source: Source, prefill: int):
+    """The graph of a quantized model, and what it is lowered to."""
+    graph = OnDeviceGraph(source.model, source.context, prefill, source.cache_dtype)
+    eos = source.model.generation_config.eos_token_id
+    return graph, lower(graph, metadata(graph.config, source.context, graph.prefill, eos))
 
 
 def load_config(name: str) -> MobileLLMConfig:
@@ -166,7 +229,7 @@ def summary_of(layers: Mapping[str, QuantizedLayer]) -> str:
 
 
 def verify(path: Path, graph: OnDeviceGraph) -> None:
-    """Raises a RuntimeError unless the file has the quantized Linear layers of the graph, and no others."""
+    """Raises a RuntimeError unless the file has the graph's quantized Linear layers and embedding, and no others."""
     datatypes = {"8da4w": "qbint4", "8da8w": "qcint8"}
     layers = [read_back(module.weight) for module in graph.modules() if isinstance(module, nn.Linear)]
     wanted = Counter(
@@ -178,28 +241,26 @@ def verify(path: Path, graph: OnDeviceGraph) -> None:
     if wanted != found:
         missing, extra = wanted - found, found - wanted
         raise RuntimeError(f"{path} is not what was asked for: it lacks {dict(missing)} and has {dict(extra)}")
+    scheme = read_back(graph.embed_tokens.weight).scheme
+    operator = EMBEDDING_OPERATORS.get(scheme, "aten::embedding")
+    operators = {name.partition(".")[0] for name in read_operators(path) if "embedding" in name}
+    if operators != {operator}:
+        raise RuntimeError(f"{path} is not what was asked for: its embedding runs {operators}, not {operator}")
 
 
 def report_of(
-    args: ExportArguments,
-    identity: str,
-    quantization: Quantization,
-    layers: Mapping[str, QuantizedLayer],
-    parts: Mapping[str, int],
-    parameters: int,
-    context: int,
-    prefill: int,
+    args: ExportArguments, source: Source, layers: Mapping[str, QuantizedLayer], prefill: int
 ) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {
         "model": args.model,
-        "identity": identity,
-        "parameters": parameters,
-        "context": context,
+        "identity": source.identity,
+        "parameters": source.parameters,
+        "context": source.context,
         "prefill": prefill,
         "kv_cache": args.kv_cache,
-        "quantization": dataclasses.asdict(quantization),
+        "quantization": dataclasses.asdict(source.quantization),
         "layers": {name: f"{layer.scheme}/{layer.group_size}" for name, layer in layers.items()},
-        "bytes": dict(parts),
+        "bytes": source.parts,
         "versions": {"mobilellm_hf": mobilellm_hf.__version__, **versions},
     }

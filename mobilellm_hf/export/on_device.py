@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mobilellm_hf.export.program import METHOD, PROGRAM, REPORT, quiet, silent_runtime
+from mobilellm_hf.export.program import CONTEXT, METHOD, PIECE, PROGRAM, REPORT, quiet, silent_runtime
 from mobilellm_hf.export.requirements import need_executorch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -71,7 +71,9 @@ class OnDeviceModel:
     Args:
         path: a .pte, or a folder with one.
         tokenizer: by default the one beside the .pte.
-        threads: of ExecuTorch's pool, which all models of the process share; None leaves it.
+        threads: of ExecuTorch's pool, which all models of the process share; None leaves it. Attention over an fp32
+            cache multiplies by PyTorch's BLAS, which has threads of OpenMP's besides, in each of the pool's:
+            OMP_NUM_THREADS=1 leaves the cores to the pool. A bfloat16 cache needs no BLAS.
 
     Attributes:
         context: positions of the KV cache.
@@ -79,32 +81,21 @@ class OnDeviceModel:
         eos_token_ids: what ends an answer.
 
     Raises:
-        ValueError: it is no .pte of a language model, is damaged, or from another version of ExecuTorch.
+        ValueError: it is no .pte of a language model, is damaged, from another version of ExecuTorch, or has no
+            tokenizer.
         ImportError: ExecuTorch is missing; the message says how to install it.
     """
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, threads: int | None = None):
         need_executorch()
         self.path = _find_program(Path(path))
-        self._module = _load(self.path)
-        if threads is not None:
-            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-
-            with silent_runtime():
-                _unsafe_reset_threadpool(threads)
-        self.prefill = self._constant("get_max_seq_len")
-        self.context = self._constant("get_max_context_len", self.prefill)
+        self._module = _load(self.path, threads)
         methods = self._module.method_names()
+        self.prefill = self._module.run_method(PIECE)[0]
+        self.context = self._module.run_method(CONTEXT)[0] if CONTEXT in methods else self.prefill
         self.eos_token_ids = frozenset(self._module.run_method("get_eos_ids") if "get_eos_ids" in methods else ())
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.path.parent)
+        self.tokenizer = tokenizer or _tokenizer_beside(self.path)
         self._cached: list[int] = []  # tokens whose keys and values the cache holds
-
-    def _constant(self, name: str, default: int | None = None) -> int:
-        if name in self._module.method_names():
-            return self._module.run_method(name)[0]
-        if default is None:
-            raise ValueError(f"{self.path} is not a language model with a KV cache: it has no method {name}")
-        return default
 
     def logits(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Logits (vocabulary,) after tokens that stand at position `start`; those before them are in the cache.
@@ -141,6 +132,10 @@ class OnDeviceModel:
         """How many of a text's first tokens need not be computed; never the last."""
         return _shared_length(self._cached, token_ids[:-1])
 
+    def forget(self) -> None:
+        """The next text is computed from its first token on, as if nothing had been read before it."""
+        self._cached.clear()
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Tokens of a text, of messages in the chat template, or as they are.
 
@@ -167,6 +162,8 @@ class OnDeviceModel:
         stop_at_eos: bool = True,
     ) -> Generator[str, None, Generation]:
         """Yields text as soon as it is whole characters; returns the `Generation`.
+
+        Streams of one model may take turns. They share its cache: each computes again what another has overwritten.
 
         Args:
             prompt: a text, token ids, or messages of `role` and `content`.
@@ -211,7 +208,8 @@ class OnDeviceModel:
             ended_by = self._end(made, len(prompt), limit, stop_at_eos)
             if ended_by:
                 break
-            logits = self.logits(made[-1:], len(prompt) + len(made) - 1)
+            # One token, unless another text has been in the cache since.
+            logits = self.logits_after([*prompt, *made])
         done = time.perf_counter()
         return Generation(
             "".join(texts),
@@ -259,10 +257,10 @@ def _check_sampling(max_new_tokens: int | None, temperature: float, top_p: float
 
 
 def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(first, second)):
-        if left != right:
-            return index
-    return min(len(first), len(second))
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:  # at once, as it is at every token that is decoded
+        return length
+    return next((index for index in range(length) if first[index] != second[index]), length)
 
 
 def _find_program(path: Path) -> Path:
@@ -273,10 +271,17 @@ def _find_program(path: Path) -> Path:
     return path
 
 
-def _load(path: Path):
+def _tokenizer_beside(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path.parent)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.parent} has no tokenizer that loads: give one (tokenizer=)") from error
+
+
+def _load(path: Path, threads: int | None):
     """The program in ExecuTorch's runtime, with the kernels of the llama and the quantized operators."""
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch, _threadpool_get_thread_count
+    from executorch.extension.pybindings import portable_lib
     from executorch.kernels import quantized  # noqa: F401
 
     with open(path, "rb") as file:
@@ -285,11 +290,14 @@ def _load(path: Path):
         raise ValueError(f"{path} is not an ExecuTorch program")
     try:
         with quiet(), silent_runtime():
-            _threadpool_get_thread_count()  # which makes the pool, and tells of it
-            module = _load_for_executorch(str(path))
-            if METHOD not in module.method_names():
-                raise ValueError(f"{path} has no method {METHOD!r}, only {', '.join(module.method_names())}")
-            module.method_meta(METHOD)
+            portable_lib._threadpool_get_thread_count()  # which makes the pool, and tells of it
+            if threads is not None:  # before the delegates take hold of the pool
+                portable_lib._unsafe_reset_threadpool(threads)
+            module = portable_lib._load_for_executorch(str(path))
+            if missing := {METHOD, PIECE} - set(module.method_names()):
+                raise ValueError(f"{path} is not a language model with a KV cache: it has no {' or '.join(missing)}")
+            # The runtime looks for operators and delegates at the first token only.
+            module.run_method(METHOD, (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)))
         return module
     except RuntimeError as error:
         raise ValueError(f"{path} does not load ({error}){_versions(path)}: export it again") from error

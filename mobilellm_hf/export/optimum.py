@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HUGGINGFACE_HUB_CACHE
 from optimum.exporters.executorch.task_registry import discover_tasks, task_registry
 from transformers import AutoConfig
 
@@ -31,6 +32,13 @@ TASK = "text-generation"
 MODEL_TYPES = ("mobilellm", "llama4_text")
 # Optimum's names for Linear layers -> (quantize, group_fall_back).
 LINEAR = {None: ("none", False), "8da4w": ("8da4w", False), "8da8w": ("8da8w", False), "8da4w,8da8w": ("8da4w", True)}
+# The custom attention and cache are in our graph in any case, and our code is what is installed.
+FOLLOWED = {
+    "qlinear", "qlinear_group_size", "qembedding", "qembedding_group_size", "max_seq_len", "dtype",
+    "disable_dynamic_shapes", "use_custom_sdpa", "use_custom_kv_cache", "trust_remote_code", "config",
+}  # fmt: skip
+# What is passed where nobody asked for anything.
+WITHOUT_EFFECT = {"cache_dir": HUGGINGFACE_HUB_CACHE, "revision": "main", "device": "cpu"}
 
 
 class TextGeneration:
@@ -69,6 +77,9 @@ def build_graph(name: str, **options: Any) -> OnDeviceGraph:
 
 
 def _arguments(name: str, options: dict[str, Any]) -> ExportArguments:
+    for option, value in options.items():
+        if option not in FOLLOWED and value and value != WITHOUT_EFFECT.get(option):
+            raise ValueError(f"--{option} {value} cannot be followed in the export of {name}: leave it out")
     linear, dtype = options.get("qlinear"), options.get("dtype", "float32")
     if linear not in LINEAR:
         known = ", ".join(filter(None, LINEAR))

@@ -24,6 +24,7 @@ from mobilellm_hf.modeling import MobileLLMConfig
 
 PROGRAM, REPORT = "model.pte", "export.json"  # of an exported folder
 METHOD = "forward"
+PIECE, CONTEXT = "get_max_seq_len", "get_max_context_len"  # tokens of one call, positions of the cache
 # Of torch.export's scalar types, as ExecuTorch's runners count them.
 SCALAR_TYPE_FLOAT = 6
 
@@ -42,8 +43,8 @@ def metadata(
         "get_eos_ids": [eos] if isinstance(eos, int) else eos,
         "get_vocab_size": config.vocab_size,
         "get_max_batch_size": 1,
-        "get_max_seq_len": prefill,
-        "get_max_context_len": context,
+        PIECE: prefill,
+        CONTEXT: context,
         "get_n_layers": config.num_hidden_layers,
         "get_n_kv_heads": config.num_key_value_heads,
         "get_head_dim": config.head_dim,

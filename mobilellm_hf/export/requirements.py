@@ -7,7 +7,11 @@ transformers==5.0.0rc1, which would hold everything else back. What both really 
 
 from importlib.util import find_spec
 
-INSTALL = 'pip install "mobilellm_hf[export]" && pip install --no-deps executorch optimum-executorch'
+# The versions that are tested, and their mends: ExecuTorch changes its format and its Python modules between others.
+WITHOUT_DEPENDENCIES = ("executorch>=1.5.1,<1.6", "optimum-executorch>=1.1,<1.2")
+INSTALL = 'pip install "mobilellm_hf[export]" && pip install --no-deps ' + " ".join(
+    f'"{requirement}"' for requirement in WITHOUT_DEPENDENCIES
+)
 
 
 def need_executorch() -> None:

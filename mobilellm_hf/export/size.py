@@ -59,37 +59,46 @@ def shape_of(config: MobileLLMConfig) -> MobileLLMForCausalLM:
 
 
 def check_room(
-    config: MobileLLMConfig, quantization: Quantization, context: int, cache_dtype: torch.dtype, folder: Path
-) -> tuple[int, int]:
-    """Bytes of memory and of disk that the export will take at most.
+    name: str, config: MobileLLMConfig, quantization: Quantization, context: int, cache_dtype: torch.dtype
+) -> int:
+    """Bytes of memory that the export of the model `name` will take at most.
 
     Raises:
-        MemoryError, OSError: there is less; the message has both numbers.
+        MemoryError: there are fewer; the message has both numbers.
     """
-    model = shape_of(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in shape_of(config).parameters())
     memory = int(parameters * 4 * MEMORY_PER_BYTE_OF_FP32) + MEMORY_OF_THE_LIBRARIES
     memory += cache_bytes(config, context, cache_dtype)
     if memory > (free := free_memory()):
         raise MemoryError(
-            f"the export takes about {memory / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
-            "close other programs, or give a smaller max_seq_len"
+            f"model={name}: its export takes about {memory / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
+            f"close other programs, or give a max_seq_len below {context:,}"
         )
-    disk = sum(stored_bytes(model, quantization).values()) + SLACK
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if disk > (free := shutil.disk_usage(existing).free):
-        raise OSError(f"the .pte takes about {disk / 1e6:.0f} MB and {existing} has {free / 1e6:.0f} MB free")
-    return memory, disk
+    return memory
 
 
-def free_memory() -> int:
-    """Of the machine, or of the control group (a container's) if that has less."""
+def check_disk(folder: Path, config: MobileLLMConfig, quantization: Quantization, tokenizer_bytes: int) -> None:
+    """Raises an OSError with both numbers where the disk of a folder to be has no room for what will be written."""
+    disk = sum(stored_bytes(shape_of(config), quantization).values()) + tokenizer_bytes + SLACK
+    if disk > (free := shutil.disk_usage(folder.resolve().parent).free):
+        raise OSError(
+            f"output={folder}: program and tokenizer take about {disk / 1e6:.0f} MB, and its disk has "
+            f"{free / 1e6:.0f} MB free"
+        )
+
+
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Of the machine, or of the control group (a container's) if that has less.
+
+    What the kernel keeps of files counts as used by a group, and is given back when memory is short.
+    """
     free = psutil.virtual_memory().available
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(counts["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no group, or one without a limit: "max"
         return free
 
 

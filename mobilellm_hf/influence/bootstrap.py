@@ -12,9 +12,11 @@ by their sample variance and Student's quantile.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +46,18 @@ class RhoDraws:
         rho: (S,) joint influence of each source, per token.
         errors: level -> (draws, S), how far each resampling of that level alone moves rho.
         units: level -> how many there were to resample: the fewest of any source, or capability; 1 tells nothing.
+        seed: of the resampling. With it, runs over the same rows are resampled alike.
+        capabilities: whose mean rho is.
+        fingerprint: of the rows and the folds that were resampled.
     """
 
     sources: list[str]
     rho: np.ndarray
     errors: dict[str, np.ndarray]
     units: dict[str, int]
+    seed: int = 0
+    capabilities: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def total(self) -> np.ndarray:
         """(draws, S) errors of all levels together."""
@@ -61,19 +69,30 @@ class RhoDraws:
 
         def write(partial: Path) -> None:
             with partial.open("wb") as stream:
-                np.savez(stream, sources=self.sources, rho=self.rho, units=list(self.units.values()), **errors)
+                np.savez(
+                    stream, sources=self.sources, rho=self.rho, units=list(self.units.values()), seed=self.seed,
+                    capabilities=list(self.capabilities), fingerprint=self.fingerprint, **errors,
+                )  # fmt: skip
 
         write_whole(path, write)
 
     @classmethod
     def load(cls, path: Path) -> RhoDraws:
-        """Raises a ValueError if there is no such file."""
+        """Raises a ValueError if there is no such file, or it does not say what was resampled."""
         if not path.exists():
             raise ValueError(f"{path} does not exist: score that seed first, with bootstraps of 2 or more")
         with np.load(path) as saved:
             errors = {name.removeprefix("error "): saved[name] for name in saved.files if name.startswith("error ")}
             units = dict(zip(errors, saved["units"].tolist(), strict=True))
-            return cls(saved["sources"].tolist(), saved["rho"], errors, units)
+            if missing := [name for name in ("seed", "capabilities", "fingerprint") if name not in saved.files]:
+                raise ValueError(
+                    f"{path} says nothing of its {missing[0]}: run the scoring of that seed again, which reads the "
+                    "scores that it has"
+                )
+            return cls(
+                saved["sources"].tolist(), saved["rho"], errors, units, int(saved["seed"]),
+                tuple(saved["capabilities"].tolist()), str(saved["fingerprint"]),
+            )  # fmt: skip
 
 
 def bootstrap_rho(
@@ -120,7 +139,7 @@ def bootstrap_rho(
     if by_checkpoint is not None:
         errors[CHECKPOINTS] = _checkpoint_errors(by_checkpoint, alpha, draws, rng)
         units[CHECKPOINTS] = int((alpha > 0).sum(0).min())
-    return RhoDraws(names, rho, errors, units)
+    return RhoDraws(names, rho, errors, units, seed)
 
 
 def bootstrap_scores(
@@ -129,11 +148,13 @@ def bootstrap_scores(
     capabilities: Sequence[str],
     draws: int,
     seed: int = 0,
+    data: str = "",
 ) -> RhoDraws:
     """rho of scored data over these capabilities, and its errors under resampling.
 
     Args:
         folds: of each checkpoint as `fold_influence` has them; empty if probe samples are not to be resampled.
+        data: what identifies the rows and the probes by their content.
 
     Raises:
         ValueError: as `bootstrap_rho`.
@@ -155,7 +176,11 @@ def bootstrap_scores(
         influence = sum(alpha[row, column] * values for row, (values, _) in serving)
         together.append((influence, serving[0][1][1]))
     by_checkpoint = np.array([[rho(checkpoint, name) for name in capabilities] for checkpoint in tables])
-    return bootstrap_rho(joint, tokens, sources, together, by_checkpoint, alpha, draws, seed)
+    found = bootstrap_rho(joint, tokens, sources, together, by_checkpoint, alpha, draws, seed)
+    sizes = [part.tolist() for _, part in together]
+    text = json.dumps([data, sources, tokens.tolist(), sizes])
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    return replace(found, capabilities=tuple(sorted(capabilities)), fingerprint=fingerprint)
 
 
 def _row_errors(influence: np.ndarray, weight: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -207,13 +232,15 @@ def combine_seeds(runs: Sequence[RhoDraws], seed: int = 0) -> RhoDraws:
     """The mean over runs whose models began with other seeds, and the spread between them as one more level.
 
     Each is brought to the scale of their mean first. The other levels keep what the runs have in common: the same
-    rows and probes, resampled alike.
+    rows and probes, resampled alike. Draws of their own would be noise that the mean over the runs takes out, although
+    they all have the same rows.
 
     Raises:
-        ValueError: the runs differ in sources, or in the number of draws.
+        ValueError: the runs differ in sources, capabilities, rows, probes, or the number or the seed of the draws.
     """
     first = runs[0]
     for run in runs:
+        _check_alike(first, run)
         if set(run.sources) != set(first.sources) or run.total().shape != first.total().shape:
             raise ValueError(
                 f"the seeds were scored with other sources or bootstraps: {', '.join(run.sources)} and "
@@ -233,4 +260,22 @@ def combine_seeds(runs: Sequence[RhoDraws], seed: int = 0) -> RhoDraws:
     chosen = np.random.default_rng([seed, len(runs)]).multinomial(len(runs), np.full(len(runs), 1 / len(runs)), draws)
     errors[SEEDS] = _inflation(len(runs)) * (chosen / len(runs) - 1 / len(runs)) @ rhos
     units = {level: min(run.units[level] for run in runs if level in run.units) for level in errors if level != SEEDS}
-    return RhoDraws(first.sources, rhos.mean(0), errors, units | {SEEDS: len(runs)})
+    return replace(first, rho=rhos.mean(0), errors=errors, units=units | {SEEDS: len(runs)})
+
+
+def _check_alike(first: RhoDraws, run: RhoDraws) -> None:
+    if first.capabilities != run.capabilities:
+        raise ValueError(
+            f"the seeds were scored for other capabilities: {', '.join(run.capabilities)} and "
+            f"{', '.join(first.capabilities)}: give both the same mixture_capabilities"
+        )
+    if first.seed != run.seed:
+        raise ValueError(
+            f"the seeds were resampled by seed={run.seed} and seed={first.seed}, so that the noise of the same rows "
+            "would count as if it were of others: give both the same seed, which is not that of the models"
+        )
+    if first.fingerprint != run.fingerprint:
+        raise ValueError(
+            "the seeds were scored on other rows or probes: give both the same sources, probes, rows_per_source, "
+            "rows_per_probe and probe_folds"
+        )

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mobilellm_hf.data.row_table import rows_by_source
-from mobilellm_hf.data.rows import load_rows, load_sources
+from mobilellm_hf.data.rows import expand_entry, load_rows, load_sources
 from mobilellm_hf.data.source_weights import one_source
 from mobilellm_hf.data.streaming import PackedStream
 from mobilellm_hf.influence.leave_one_out import BLOCK_SIZE, lock
@@ -50,6 +50,13 @@ def declared_sources(entries: Entries) -> list[str] | None:
     return list(dict.fromkeys(names))
 
 
+def streamed_sources(entries: Entries) -> list[str]:
+    """The names of the sources that are read as streams, whose sizes nobody knows."""
+    streams = [entry for entry in entries if any(given.get("streaming") for given in expand_entry(entry))]
+    names = [declared_sources([entry]) or [one_source("sources", entry)] for entry in streams]
+    return list(dict.fromkeys(itertools.chain.from_iterable(names)))
+
+
 def prepare_rows(
     workspace: Workspace,
     sources: Entries,
@@ -59,6 +66,7 @@ def prepare_rows(
     config: PreTrainedConfig,
     draws: int,
     *,
+    rows_per_stream: int | None = None,
     rows_per_probe: int | None = None,
     overlap: str = "error",
     shuffle_buffer: int = 0,
@@ -68,8 +76,9 @@ def prepare_rows(
     """source -> rows and capability -> rows: tokenized once, by the first process that comes, and kept in `rows/`.
 
     Args:
-        draws: rows that a model reads. Of a stream, as many rows are kept as a model reads at most, which is more than
-            its share of all sources.
+        draws: rows that a model reads.
+        rows_per_stream: kept of each stream, if it has so many before it repeats; by default its share of the draws
+            where the others have as much and one is left out. A mixture may give one source all of them.
         rows_per_probe: a random choice of so many rows of each of a probe's sources.
         overlap: what happens to rows that share documents with a probe: "error", "drop" or "allow".
         check: called with the sources before they are kept. If it raises, the folder is still free for other settings.
@@ -87,7 +96,7 @@ def prepare_rows(
         if len(loaded) < 2:
             raise ValueError(f"sources: there is only {', '.join(loaded)}: with one left out, nothing is left")
         # Shares are met to the nearest row, in whole blocks.
-        needed = -(-(draws + BLOCK_SIZE) // (len(loaded) - 1)) + 1
+        needed = rows_per_stream or -(-(draws + BLOCK_SIZE) // (len(loaded) - 1)) + 1
         stage.expect(needed * max(1, sum(isinstance(part, PackedStream) for part in loaded.values())))
         avoid = partial(_overlapping, probes=measured, overlap=overlap)
         with tempfile.TemporaryDirectory(dir=workspace.folder) as scratch:

@@ -113,7 +113,11 @@ def check(args: ScoreInfluenceArguments) -> list[ScoringCheckpoint]:
     if args.other_seeds and not args.bootstraps:
         raise ValueError("other_seeds are a level of the bootstrap: set bootstraps, as for them")
     for folder in args.other_seeds:
-        RhoDraws.load(Path(folder) / BOOTSTRAP)
+        other = RhoDraws.load(Path(folder) / BOOTSTRAP)
+        if other.seed != args.seed:
+            raise ValueError(
+                f"other_seeds: {folder} was resampled by seed={other.seed}, not {args.seed}: give both the same"
+            )
     if unknown := set(args.mixture_capabilities or ()) - set(args.probes):
         raise ValueError(f"mixture_capabilities has {sorted(unknown)[0]!r}, for which there is no probe")
     checkpoints = read_checkpoints(args.checkpoints, list(args.probes))

@@ -37,7 +37,7 @@ def write_results(
     columns |= {name: scores[:, number].numpy() for number, name in enumerate(names)}
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "influence.parquet")
     (folder / "samples.md").write_text(examples(scores, rows, names, tokenizer, args.samples_shown))
-    uncertain = resample(workspace, tables, args) if args.bootstraps else None
+    uncertain = resample(workspace, tables, args, settings) if args.bootstraps else None
     shrink = args.shrinkage == "empirical_bayes"
     summary = summarize(
         scores, tokens, sources, names, args.mixture_capabilities, args.floor, uncertain, shrink=shrink
@@ -51,7 +51,9 @@ def write_results(
     return summary, uncertain
 
 
-def resample(workspace: Workspace, tables: dict, args: ScoreInfluenceArguments) -> UncertainWeights:
+def resample(
+    workspace: Workspace, tables: dict, args: ScoreInfluenceArguments, settings: dict[str, Any]
+) -> UncertainWeights:
     """The weights with their intervals; leaves what another seed's mixture needs of this one."""
     names, folds = args.mixture_capabilities or list(args.probes), {}
     if args.probe_folds:
@@ -59,7 +61,8 @@ def resample(workspace: Workspace, tables: dict, args: ScoreInfluenceArguments) 
         for checkpoint in tables:
             folder = workspace.folder / "scores" / checkpoint.label
             folds[checkpoint] = load_folds(fold_file(folder, args.probe_folds, args.fold_rows), sources)
-    run = bootstrap_scores(tables, folds, names, args.bootstraps, args.seed)
+    data = json.dumps({name: value for name, value in settings.items() if name.endswith("_sha256")})
+    run = bootstrap_scores(tables, folds, names, args.bootstraps, args.seed, data)
     run.save(workspace.folder / BOOTSTRAP)
     runs = [run, *(RhoDraws.load(Path(folder) / BOOTSTRAP) for folder in args.other_seeds)]
     file = workspace.folder / "rows" / "row_counts.json"

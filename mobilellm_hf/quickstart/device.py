@@ -52,13 +52,10 @@ def _beside_transformers(model: Path, device: Path) -> dict[str, Any]:
             ON_DEVICE: [program.generate(question, ANSWER_TOKENS).text for question in questions],
         }
         prompt = program.encode(questions[0])
-        ways = {
-            IN_PYTORCH: lambda: original.generate(
-                torch.tensor([prompt]), max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, do_sample=False
-            ),
-            ON_DEVICE: lambda: program.generate(prompt, TIMED_TOKENS, stop_at_eos=False),
-        }
-        speeds = _tokens_per_second(ways)
+        speeds = _tokens_per_second({
+            IN_PYTORCH: lambda: _continue(original, prompt),
+            ON_DEVICE: lambda: _continue_on_device(program, prompt),
+        })  # fmt: skip
     sizes = {IN_PYTORCH: model / "model.safetensors", ON_DEVICE: program.path}
     return {
         "questions": [question[-1]["content"] for question in questions],
@@ -74,16 +71,30 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question
     return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _tokens_per_second(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Medians, prompt and all; the first turn is a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def _continue(model: PreTrainedModel, prompt: list[int]) -> int:
+    """How many tokens were generated."""
+    made = model.generate(
+        torch.tensor([prompt]), max_new_tokens=TIMED_TOKENS, min_new_tokens=TIMED_TOKENS, do_sample=False
+    )
+    return made.shape[1] - len(prompt)
+
+
+def _continue_on_device(program: OnDeviceModel, prompt: list[int]) -> int:
+    """How many tokens were generated, the prompt computed as if it had never been read before."""
+    program.forget()
+    return len(program.generate(prompt, TIMED_TOKENS, stop_at_eos=False).token_ids)
+
+
+def _tokens_per_second(ways: dict[str, Callable[[], int]]) -> dict[str, float]:
+    """Medians of what was generated in a second, prompt and all; the first turn is a warm-up."""
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(-1, TURNS):
         for name, generate in ways.items():
             began = time.perf_counter()
-            generate()
+            made = generate()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: TIMED_TOKENS / statistics.median(times) for name, times in seconds.items()}
+                speeds[name].append(made / (time.perf_counter() - began))
+    return {name: statistics.median(found) for name, found in speeds.items()}
 
 
 def device_table(result: dict[str, Any]) -> Table:

@@ -72,12 +72,16 @@ class SignCheck:
 
     @property
     def bottom_wins(self) -> bool:
-        """Whether the bottom teaches the probes something, and more than the top by more than the seeds vary.
+        """Whether the bottom is better than the top by more than the seeds vary, be it that both unteach.
 
-        One seed is taken at its word, and an NLL that is no number speaks against the scores.
+        One seed is taken at its word. A top whose NLL is no number loses; if the bottom's is none, nothing is shown.
         """
-        figures, end = self.figures(), self.difference if math.isnan(self.high) else self.high
-        return not end >= 0 and not figures["sign_check/bottom"] >= figures["sign_check/before"]
+        figures = self.figures()
+        if not math.isfinite(figures["sign_check/bottom"]):
+            return False
+        if not math.isfinite(figures["sign_check/top"]):
+            return True
+        return (self.difference if math.isnan(self.high) else self.high) < 0
 
     def figures(self) -> dict[str, float]:
         """What is logged."""
@@ -95,6 +99,8 @@ class SignCheck:
         found, seeds = self.figures(), len(next(iter(self.top.values())))
         if self.bottom_wins:
             says = "the bottom wins, so the sign is not to be trusted"
+        elif not math.isfinite(found["sign_check/bottom"]):
+            says = "no verdict, since the training on the bottom was ruined: lower the learning rate"
         elif not min(found["sign_check/top"], found["sign_check/bottom"]) < found["sign_check/before"]:
             says = "no verdict, since neither side teaches the probes anything"
         elif self.low > 0:
@@ -166,9 +172,11 @@ def sign_check(
         gathered: list[dict] = [found] * ranks
         dist.all_gather_object(gathered, found)
         found = {key: value for part in gathered for key, value in part.items()}
-    before = {probe: mean_nll(model, part, batch_size) for probe, part in watched.items()}
+    before = [{probe: mean_nll(model, part, batch_size) for probe, part in watched.items()}]
+    if ranks > 1:  # each of which may round differently, and all are to decide alike
+        dist.broadcast_object_list(before)
     read = sum(sum(_plan(tokens, seed, steps, batch_size)[1]) for seed in range(seeds)) // seeds
-    return _summary(found, before, len(sides["top"]), read, steps, seeds)
+    return _summary(found, before[0], len(sides["top"]), read, steps, seeds)
 
 
 def _sides(scores: torch.Tensor, capabilities: Sequence[str], rule: str) -> dict[str, list[int]]:

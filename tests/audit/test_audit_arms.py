@@ -226,24 +226,44 @@ def test_an_arm_that_cannot_be_read_within_the_cap_is_named(tmp_path):
         arm_runs(replace(proxy), arms, [0], [0.01])
 
 
-def test_what_was_charged_and_what_the_cap_changed_are_noted():
+def test_what_was_charged_and_what_the_cap_changed_are_noted(tmp_path):
+    """A source is stopped at the block before its fourth pass is over, and so need not reach four."""
+    proxy = make_proxy(tmp_path, {"noise": 25, "up": 200, "down": 200}, max_steps=32)
     arms = [
-        Arm("mixture", "audited", {0: {"a": 0.5, "b": 0.5}}, 0.176),
-        Arm("uniform", "baseline", {0: {"a": 0.5, "b": 0.5}}),
-        Arm("regmix", "rival", {0: {"a": 0.9, "b": 0.1}}, 0.02),
+        Arm("mixture", "audited", {0: {"noise": 0.0, "up": 0.5, "down": 0.5}}, 0.176),
+        Arm("uniform", "baseline", {0: dict.fromkeys(SOURCES, 1 / 3)}),
+        Arm("regmix", "rival", {0: {"noise": 0.6, "up": 0.2, "down": 0.2}}, 0.02),
     ]  # fmt: skip
-    spent = {
-        "mixture": {"rows": {0: {"a": 50, "b": 50}}, "epochs": {0: {"a": 4.0, "b": 1.0}}},
-        "uniform": {"rows": {0: {"a": 30, "b": 70}}, "epochs": {0: {"a": 2.0, "b": 1.0}}},  # a block cut short
-        "regmix": {"rows": {0: {"a": 60, "b": 40}}, "epochs": {0: {"a": 4.0, "b": 1.0}}},
-    }
-    assert training_notes(arms, spent, 4.0) == [
+    runs = arm_runs(proxy, arms, [0], [0.01, 0.005], 0.176)
+    spent = {}
+    for arm in arms:
+        run = runs[arm.name, 0.01, 0]
+        drawn = build_mixture(proxy, run).report(run.steps * 8)
+        spent[arm.name] = {"rows": {0: {name: draw.rows for name, draw in drawn.items()}}}
+        assert all(draw.epochs < 4 for draw in drawn.values())
+    read, total = spent["regmix"]["rows"][0]["noise"], runs["regmix", 0.01, 0].steps * 8
+    assert read < 0.4 * total and spent["uniform"]["rows"][0]["noise"] < 101
+    charged, *cut = training_notes(proxy, arms, runs, spent)
+    assert charged == (
         "Charged for curation, as a share of the training: mixture 17.6%, regmix 2.0%; uniform nothing, so that they "
-        "trained longer.",
-        "The cap on repetition changed regmix: a gave 60.0% of the rows, instead of 90.0% of the tokens.",
+        "trained longer."
+    )
+    assert len(cut) == 2
+    for line, name, steps, share in zip(cut, ("uniform", "regmix"), (38 * 8, total), (1 / 3, 0.6), strict=True):
+        gave, _, asked = line.removesuffix("%.").partition(", instead of ")
+        given = spent[name]["rows"][0]["noise"] / steps
+        assert gave == f"The cap on repetition changed {name}: noise gave {given:.1%} of the rows"
+        assert float(asked) == pytest.approx(100 * share, abs=1)
+    free = replace(proxy, max_epochs=1e6)
+    assert training_notes(free, arms[1:2], runs, {"uniform": {"rows": {0: uncapped(free, runs)}}}) == []
+    assert training_notes(proxy, arms[:1], runs, spent) == [
+        "Charged for curation, as a share of the training: mixture 17.6%."
     ]
-    assert training_notes(arms[1:2], spent, 4.0) == []
-    assert training_notes(arms[:1], spent, 4.0) == ["Charged for curation, as a share of the training: mixture 17.6%."]
+
+
+def uncapped(proxy, runs) -> dict[str, int]:
+    run = runs["uniform", 0.01, 0]
+    return {name: draw.rows for name, draw in build_mixture(proxy, run).report(run.steps * 8).items()}
 
 
 # Files of weights

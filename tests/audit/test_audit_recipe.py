@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,69 +15,27 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from audit_cases import arguments, build_project
 from rich.console import Console
 from transformers import AutoTokenizer
-from trl import TrlParser
 
 from mobilellm_hf import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.audit import experiment
-from mobilellm_hf.audit.arguments import AuditArguments, AuditTrainingArguments, check
+from mobilellm_hf.audit.arguments import check
 from mobilellm_hf.audit.cost import rival_models
 from mobilellm_hf.audit.rejection import row_lengths
-from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.independent import OwnProcess
 from mobilellm_hf.progress import StageProgress
 from mobilellm_hf.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "140"}
-SOURCES = ["code", "math", "noise"]
-LETTERS = {"code": "abcdefg", "math": "hijklmn", "noise": "opqrstu"}
 ALONE = OwnProcess(0, 1)
-
-
-def texts(source: str, count: int, seed: int) -> list[str]:
-    """Words of a source's own letters; in code and math a letter follows the one before it."""
-    chance, letters = random.Random(f"{source}{seed}"), LETTERS[source]
-    found = []
-    for _ in range(count):
-        starts = [chance.randrange(7) for _ in range(40)]
-        step = 1 if source != "noise" else 0
-        words = ["".join(letters[(start + step * place) % 7] for place in range(4)) for start in starts]
-        if source == "noise":
-            words = ["".join(chance.choices(letters, k=4)) for _ in starts]
-        found.append(" ".join(words))
-    return found
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("audit")
-    for name, count, seed in (("train", 60, 0), ("tuning", 6, 1), ("final", 6, 2)):
-        for source in SOURCES:
-            (folder / name).mkdir(exist_ok=True)
-            lines = [json.dumps({"text": text}) for text in texts(source, count, seed)]
-            (folder / name / f"{source}.jsonl").write_text("\n".join(lines))
-    every = [text for source in SOURCES for text in texts(source, 20, 3)]
-    train_tokenizer(every, 300, show_progress=False).save_pretrained(folder / "tokenizer")
-    shape = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    settings = {
-        "mixture": f"{folder}/mine.json", "output_dir": f"{folder}/one", "model_config": shape,
-        "tokenizer": f"{folder}/tokenizer", "seq_length": 32, "overlap": "allow", "rows_per_probe": 8,
-        "sources": [{"name": f"{folder}/train/{source}.jsonl"} for source in SOURCES],
-        "tuning_probes": {"code": [{"name": f"{folder}/tuning/code.jsonl"}]},
-        "final_probes": {"code": [{"name": f"{folder}/final/code.jsonl"}]},
-        "unscored_domains": {"math": [{"name": f"{folder}/final/math.jsonl"}]},
-        "arms": ["uniform"], "seeds": [0, 1], "alpha": 0.5, "learning_rates": [2.0e-2, 1.0e-2],
-        "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 2.0e-2, "save_steps": 4,
-        "logging_steps": 4, "use_cpu": True,
-    }  # fmt: skip
-    (folder / "mine.json").write_text(json.dumps({"code": 0.8, "math": 0.2}))
-    (folder / "audit.yaml").write_text(yaml.safe_dump(settings))
-    return folder
+    return build_project(tmp_path_factory.mktemp("audit"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,11 +44,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def arguments(project: Path, *options: str):
-    parser = TrlParser((AuditArguments, AuditTrainingArguments))
-    return parser.parse_args_and_config(["--config", str(project / "audit.yaml"), *options])[:2]
 
 
 def audit(project: Path, *options: str, **fields) -> str:
@@ -154,6 +106,10 @@ def test_another_mixture_in_the_folder_trains_its_own_arms_only(finished, projec
     output = audit(project, "--mixture", str(project / "other.yaml"), "--learning_rates", "2e-2")
     assert before and "4 models, 2 of them finished in an earlier run" in output
     assert all(path.stat().st_mtime_ns == written for path, written in results.items())
+    kept = {path.name.rpartition("-")[0]: path for path in (finished[0] / "results").iterdir()}
+    assert set(kept) == {"mine", "other"} and results_of(kept["mine"]) == finished[2]
+    assert results_of(kept["other"]) == results_of(finished[0]) != finished[2]  # beside the arms are the latest
+    assert (kept["mine"] / "forest.png").read_bytes() != (kept["other"] / "forest.png").read_bytes()
     assert "The mixture harms: it is worse than uniform." in output and "One learning rate" in output
 
 
@@ -175,7 +131,8 @@ def test_all_kinds_of_arms_and_what_finding_them_cost(project, tmp_path):
     assert arms["regmix"].curation > 0.09  # nine models, and their probes
     assert (arms["mixture"].curation, arms["theirs"].curation, arms["permuted"].curation) == (0.1, 0.1, 0)
     assert set(probes) == {"code", "math"} and set(proxy.tuning_probes) == {"code"}
-    assert rival_models(args) == "regmix 3 a source, mixmin 1 a source, doremi 2, doge 1"
+    assert rival_models(args) == {"regmix": 9, "mixmin": 3, "doremi": 2, "doge": 1}
+    assert rival_models(replace(args, scores="influence.parquet")) == {}
 
 
 def command(project: Path, *options: str, processes: int = 1) -> list[str]:
@@ -293,6 +250,15 @@ def test_a_budget_that_no_cap_allows_is_refused_before_rivals_train(project, tmp
         ({"seeds": [0, 1, 2, 3, 4, 4]}, "seeds=.* must be different whole numbers"),
         ({"arms": ["regmax"]}, "arms: there is no arm 'regmax'; there are uniform"),
         ({"arms": []}, "there is nothing to compare"),
+        ({"arms": ["uniform", "uniform"]}, "arms: uniform is there twice"),
+        ({"arms": "uniform"}, "arms is 'uniform': write a list"),
+        ({"others": ["x.yaml"]}, r"others is \['x.yaml'\]: write name -> file"),
+        ({"seeds": 8}, r"seeds is 8: write a list, such as \[0, 1, 2\]"),
+        ({"seeds": [0, 1.5]}, "seeds: 1.5 is no whole number"),
+        ({"learning_rates": "6e-3"}, "learning_rates is '6e-3': write a list"),
+        ({"learning_rates": ["fast"]}, "learning_rates: 'fast' is no number"),
+        ({"source_tokens": {"code": 0}}, "source_tokens: code has 0.0, which is no number of tokens"),
+        ({"source_tokens": [1e9]}, "source_tokens is .*: write source -> tokens"),
         ({"others": {"a/b": "x.yaml"}}, "others: 'a/b' cannot name an arm"),
         ({"others": {"uniform": "x.yaml"}}, "others: 'uniform' cannot name an arm"),
         ({"learning_rates": [1e-2, 1e-2]}, "learning_rates=.* must be different positive"),
@@ -323,6 +289,9 @@ def test_declared_sources_are_compared_with_the_weights_at_once(project):
     args, training = arguments(project)
     with pytest.raises(ValueError, match="mine.json: weights: 'code' is to have a share of 0.8"):
         check(replace(args, sources=[{"name": "embedded:stdlib,sympy_docs"}]), training)
+    with pytest.raises(ValueError, match="source_tokens names 'prose'; the sources are stdlib, sympy_docs"):
+        named = [{"name": "embedded:stdlib,sympy_docs"}]
+        check(replace(args, sources=named, source_tokens={"prose": 1e9}), training)
     with pytest.raises(ValueError, match="seed=3: an audit takes seeds"):
         arguments(project, "--seed", "3")
     args, training = arguments(project, "--arms", "doge", "--gradient_accumulation_steps", "2")

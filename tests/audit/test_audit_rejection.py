@@ -23,7 +23,7 @@ from mobilellm_hf.audit.rejection import (
     row_lengths,
     row_losses,
 )
-from mobilellm_hf.audit.report import verdict
+from mobilellm_hf.audit.verdict import verdict
 from mobilellm_hf.nll import mean_nll
 
 SIZES = {"noise": 60, "up": 60}
@@ -163,8 +163,11 @@ def test_scores_of_the_recipe_are_read_by_source(tmp_path):
     found = load_scores(tmp_path / "i.parquet", proxy.sources)
     assert found["up"].tolist() == [0.5, 1.5, 3.0] and found["noise"].tolist() == [-1.0, 2.0, 2.5, 3.5]
     assert load_scores(tmp_path / "i.parquet", proxy.sources, "math")["noise"].tolist() == [-4.0, 0, 0, 0]
-    with pytest.raises(ValueError, match="rule='any' must be mean or one of code, math"):
+    with pytest.raises(ValueError, match="score_rule='any' must be mean or one of code, math"):
         load_scores(tmp_path / "i.parquet", proxy.sources, "any")
+    pyarrow.parquet.write_table(pyarrow.table(columns).drop_columns(["source"]), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="scores: .*none.parquet has no column 'source'"):
+        load_scores(tmp_path / "none.parquet", proxy.sources)
     with pytest.raises(ValueError, match="scores 3 rows of up, and there are 5"):
         load_scores(tmp_path / "i.parquet", {"up": rows("up", 5, 0)})
     cut = rows("up", 3, 0).map(lambda row: {"labels": [-100] * 16})

@@ -14,14 +14,16 @@ from rich.console import Console
 from mobilellm_hf.audit.arms import Arm
 from mobilellm_hf.audit.outcomes import Outcomes, compare, probe_size
 from mobilellm_hf.audit.plots import plot_forest
-from mobilellm_hf.audit.report import comparison_table, over_learning_rates, verdict, write_results
+from mobilellm_hf.audit.report import comparison_table, write_results
 from mobilellm_hf.audit.statistics import holm, sign_flip_p_value
+from mobilellm_hf.audit.verdict import over_learning_rates, verdict
 from mobilellm_hf.data.tokenization import train_tokenizer
 from mobilellm_hf.nll import mean_nll
 
 KINDS = {
     "uniform": "baseline",
     "proportional": "baseline",
+    "sqrt_tokens": "baseline",
     "permuted": "placebo",
     "random": "placebo",
     "regmix": "rival",
@@ -49,7 +51,7 @@ def judged(gaps: dict, **options):
     return verdict(found, compare(found))
 
 
-BETTER_THAN_BASELINES = {"uniform": 0.1, "proportional": 0.1}
+BETTER_THAN_BASELINES = {"uniform": 0.1, "proportional": 0.1, "sqrt_tokens": 0.1}
 
 
 # Bits per byte
@@ -152,7 +154,8 @@ def test_no_difference_is_no_evidence_and_says_what_would_have_been_found():
     )
     line = next(line for line in found.lines if line.startswith("Against uniform"))
     assert "no evidence of a difference (one of 0.0" in line and "at 0.01, p " in line and "at 0.005, p " in line
-    assert any("whether it loses there is open" in line for line in found.lines)
+    assert "by a t-test of this arm at one learning rate; corrected for the arms, and at each" in line
+    assert any("the worst of 16 differences, picked after the fact" in line for line in found.lines)  # 2 x 4 x 2
     assert any("no evidence of a difference from any arm" in line for line in found.lines)
 
 
@@ -165,16 +168,34 @@ def test_better_than_one_baseline_only():
 
 def test_worse_than_a_baseline_harms_whatever_else():
     found = judged({"uniform": [[-0.1, -0.1, 0, 0]] * 2, "proportional": 0.1, "permuted": 0.1})
-    assert found.word == "harms" and found.headline == "The mixture harms: it is worse than uniform."
+    assert found.word == "harms" and found.headline == (
+        "The mixture harms: it is worse than uniform, though better than proportional and its own weights permuted."
+    )
+    alone = judged({"uniform": [[-0.1, -0.1, 0, 0]] * 2, "regmix": 0.1})
+    assert alone.headline == "The mixture harms: it is worse than uniform."
 
 
 def test_one_learning_rate_is_not_enough():
     found = judged({"uniform": [0.1, 0.0], "permuted": 0.1})
-    assert found.word == "no evidence"
+    assert found.word == "no evidence" and found.headline == (
+        "No evidence that it helps at every learning rate: it is better than uniform at 0.01 only."
+    )
     assert any("better at 0.01, not at every learning rate" in line for line in found.lines)
+    here, there = [-0.1, -0.1, 0, 0], [0.0] * 4
+    below = judged({"uniform": [there, here], "proportional": 0.1, "permuted": [here, there]})
+    assert below.headline == (
+        "The mixture is better than proportional, but there is no evidence that it is better than uniform. It is "
+        "worse than uniform at 0.005 only. It is worse than its own weights permuted at 0.01 only."
+    )
+    partly = judged({"uniform": [0.1, 0.0], "proportional": 0.1, "permuted": 0.1}).headline
+    assert partly.endswith("better than uniform at every learning rate. It is better than uniform at 0.01 only.")
     flipped = judged({"uniform": [0.1, -0.1], "permuted": 0.1})
     assert flipped.word == "no evidence"
-    assert flipped.headline.endswith("Against uniform the answer turns round with the learning rate.")
+    assert flipped.headline == (
+        "No evidence that it helps at every learning rate: it is better than uniform at 0.01 only. Against uniform "
+        "the answer turns round with the learning rate. On domains that nobody scored it is worse than uniform at "
+        "0.005 only."
+    )
     alone = judged(BETTER_THAN_BASELINES | {"permuted": 0.1}, rates=[0.01])
     assert alone.word == "helps" and any(line.startswith("One learning rate") for line in alone.lines)
     assert not any(line.startswith("One learning rate") for line in found.lines)
@@ -193,12 +214,18 @@ def test_what_holds_at_every_learning_rate(results, expected):
 
 def test_what_is_lost_where_nobody_scored_takes_help_back():
     lost = [[0.1, 0.1, -0.2, -0.2]] * 2
-    found = judged({"uniform": lost, "proportional": 0.1, "permuted": 0.1})
+    found = judged(BETTER_THAN_BASELINES | {"uniform": lost, "permuted": 0.1})
     assert found.word == "mixed" and found.headline.endswith("nobody scored it is worse than uniform.")
     assert any(
-        "Worst domain:" in line and "against uniform" in line and "it loses there" in line for line in found.lines
+        "Worst domain:" in line and "against uniform" in line and "its own interval is above 0, but" in line
+        for line in found.lines
     )
-    none = judged({"uniform": 0.1, "permuted": 0.1}, unscored=[])
+    once = judged(BETTER_THAN_BASELINES | {"uniform": [[0.1] * 4, lost[0]], "permuted": 0.1})
+    assert once.word == "mixed" and once.headline.endswith("nobody scored it is worse than uniform at 0.005 only.")
+    assert any(
+        line.endswith("better than uniform at 0.01 only, worse than uniform at 0.005 only.") for line in once.lines
+    )
+    none = judged(BETTER_THAN_BASELINES | {"permuted": 0.1}, unscored=[])
     assert none.word == "helps" and any("none were given" in line for line in none.lines)
 
 
@@ -214,6 +241,15 @@ def test_without_placebos_or_baselines_it_stays_open():
     assert found.word == "mixed" and "No placebo was trained" in found.headline
     assert any("permuted were not among the arms" in line for line in found.lines)
     assert judged({"permuted": 0.1}).word == "no evidence"
+
+
+@pytest.mark.parametrize("missing, spoken", [("sqrt_tokens", "tokens^0.5"), ("permuted", "its own weights permuted")])
+def test_nothing_helps_that_was_not_put_to_every_test(missing, spoken):
+    gaps = BETTER_THAN_BASELINES | {"permuted": 0.1, "random": 0.1}
+    del gaps[missing]
+    found = judged(gaps)
+    assert found.word == "mixed" and found.headline.endswith(f"Not tried: {spoken}, so whether it helps is open.")
+    assert any("not among the arms" in line.lower() and spoken.lower() in line.lower() for line in found.lines)
 
 
 def test_rivals_are_reported_and_decide_nothing():

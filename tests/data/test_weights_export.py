@@ -133,6 +133,18 @@ def test_the_catalog_knows_places_means_and_licences(tmp_path):
     assert info["mine"] == {"hf_hub_url": "org/mine", "subset": "en", "columns": {"prompt": "body"}}
 
 
+def test_parts_whose_names_would_be_alike_stay_distinct(tmp_path):
+    shares = {"a/b": 0.3, "a b": 0.3, "a_b": 0.2, "c": 0.2}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"weights": shares}, sort_keys=False))
+    places = {name: {"path": f"org/{number}"} for number, name in enumerate(shares)}
+    places["c"] = [{"path": "org/c", "name": "en"}, {"path": "org/d", "name": "en"}]
+    export = read_export(tmp_path / "mixture.yaml", places, dict.fromkeys(shares, 10))
+    assert [name for name, *_ in export.parts()] == ["a_b", "a_b_2", "a_b_3", "c_en", "c_en_2"]
+    write_export(export, tmp_path / "out")
+    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
+    assert [info[name]["hf_hub_url"] for name, *_ in export.parts()] == ["org/0", "org/1", "org/2", "org/c", "org/d"]
+
+
 def test_a_source_in_several_places_is_divided_and_a_split_is_kept(mixture, tmp_path):
     file, places = mixture
     several = [{"path": "org/long", "name": "en"}, {"path": "org/long", "name": "de", "split": "validation"}]

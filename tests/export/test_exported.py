@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_cases import CONTEXT, eager_logits, random_tokens, report, tokenizer
+from export_cases import (
+    CONTEXT,
+    eager_logits,
+    export,
+    random_tokens,
+    report,
+    tiny_model,
+    tokenizer,
+)
 from optimum.executorch import ExecuTorchModelForCausalLM
 
 from mobilellm_hf import MobileLLMForCausalLM
 from mobilellm_hf.export import OnDeviceModel, Quantization
+from mobilellm_hf.export.exporter import verify
+from mobilellm_hf.export.graph import OnDeviceGraph
 from mobilellm_hf.export.program import StoredWeight, read_operators, read_weights
+from mobilellm_hf.quickstart.device import _continue_on_device
 
 # An empty system message leaves the template's own out, which the context has no room for.
 MESSAGES = [{"role": "system", "content": ""}, {"role": "user", "content": "How many keys?"}]
@@ -57,6 +68,46 @@ def test_the_file_has_the_weights_that_were_asked_for(small, exact):
     assert read_weights(exact / "model.pte") == []
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"quantize": "bf16"}, 2e-4),
+        ({"quantize": "8da8w", "embedding": "8w"}, 1e-10),
+        ({"quantize": "8da4w", "embedding": "4w", "embedding_group_size": 32}, 1e-10),
+    ],
+    ids=["bf16", "8 bits", "groups of the embedding"],
+)
+def test_other_quantizations_run_as_they_do_in_eager(tmp_path, options, error):
+    """`error`: squared, as a part of the logits' variance; bf16 is rounded in other places in eager."""
+    model = tiny_model(num_hidden_layers=1)
+    # Weights of 1 leave the 8-bit embedding on the halves of the next rounding to 8 bits, which may go either way.
+    model.model.layers[0].input_layernorm.weight.data.uniform_(0.5, 1.5)
+    for part in (model, tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    output = export(tmp_path / "model", tmp_path / "out", prefill=16, kv_cache="float32", **options)
+    program, tokens = OnDeviceModel(output), random_tokens(40)
+    settings = {"embedding": None, "embedding_group_size": 0} | options
+    Quantization.for_config(settings.pop("quantize"), model.config, **settings).apply(model)
+    expected = eager_logits(model, tokens)[23:]
+    found = step_by_step(program, tokens, 24)
+    assert (found - expected).square().mean() < error * expected.var()
+
+
+@pytest.mark.parametrize(("embedding", "operator"), [("8w", "embedding_byte"), ("none", "aten::embedding")])
+def test_a_file_with_another_embedding_is_found_out(small, embedding, operator):
+    def graph_with(embedding: str) -> OnDeviceGraph:
+        model = tiny_model()
+        quantization = Quantization.for_config(
+            "8da4w", model.config, group_size=64, embedding=embedding, fall_back=True
+        )
+        quantization.apply(model)
+        return OnDeviceGraph(model, CONTEXT, 16)
+
+    verify(small / "model.pte", graph_with("4w"))
+    with pytest.raises(RuntimeError, match=f"its embedding runs .*embedding_4bit.*, not .*{operator}"):
+        verify(small / "model.pte", graph_with(embedding))
+
+
 def test_the_report_has_every_layer_and_the_sizes_add_up(small):
     told = report(small)
     assert told["layers"]["model.layers.1.feed_forward.down_proj"] == "8da8w/96"
@@ -98,6 +149,32 @@ def test_what_the_cache_holds_is_not_computed_again(exact):
     assert second.token_ids == OnDeviceModel(exact).generate(longer, 5, stop_at_eos=False).token_ids
     again = device.generate(prompt, 5, stop_at_eos=False)
     assert again.token_ids == first.token_ids
+
+
+def test_streams_that_take_turns_say_what_each_says_alone(exact):
+    prompts = [random_tokens(20, seed=seed) for seed in (1, 2)]
+    alone = [OnDeviceModel(exact).generate(prompt, 8, stop_at_eos=False) for prompt in prompts]
+    device = OnDeviceModel(exact)
+    streams = [device.stream(prompt, 8, stop_at_eos=False) for prompt in prompts]
+    answers = {}
+    while len(answers) < len(streams):
+        for number, stream in enumerate(streams):
+            try:
+                next(stream)
+            except StopIteration as end:
+                answers.setdefault(number, end.value)
+    assert alone[0].token_ids != alone[1].token_ids
+    assert [answers[number].token_ids for number in range(2)] == [answer.token_ids for answer in alone]
+
+
+def test_what_is_forgotten_is_computed_again(exact):
+    device, prompt = OnDeviceModel(exact), random_tokens(30)
+    first = device.generate(prompt, 5, stop_at_eos=False)
+    device.forget()
+    again = device.generate(prompt, 5, stop_at_eos=False)
+    assert again.computed == 30 and again.token_ids == first.token_ids
+    # The quickstart's speed is of what fits the context
+    assert _continue_on_device(device, random_tokens(CONTEXT - 20)) == 20
 
 
 def test_the_end_of_the_context_ends_an_answer(exact):
@@ -188,10 +265,11 @@ print("SAID" + repr("".join(said)))
             lambda data: data[:4] + b"ET99" + data[8:],
             "does not load .*written with executorch .*: export it again",
         ),
+        (lambda data: data.replace(b"llama::custom_sdpa", b"llama::custom_sdpX"), "does not load .*written with"),
         (lambda data: b"PK\x03\x04" + bytes(200), "is not an ExecuTorch program"),
         (lambda data: data[: len(data) // 2], "does not load"),
     ],
-    ids=["another version", "another format", "cut"],
+    ids=["another version", "an operator that is not here", "another format", "cut"],
 )
 def test_a_file_that_does_not_load_says_so(exact, tmp_path, damage, message):
     for file in exact.iterdir():
@@ -199,6 +277,16 @@ def test_a_file_that_does_not_load_says_so(exact, tmp_path, damage, message):
     (tmp_path / "model.pte").write_bytes(damage((exact / "model.pte").read_bytes()))
     with pytest.raises(ValueError, match=message):
         OnDeviceModel(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_takes_one(exact, tmp_path):
+    (tmp_path / "model.pte").write_bytes((exact / "model.pte").read_bytes())
+    for name in ((), ("config.json",)):  # config.json is what Optimum's command leaves
+        for file in name:
+            (tmp_path / file).write_bytes((exact / file).read_bytes())
+        with pytest.raises(ValueError, match=r"has no tokenizer that loads: give one \(tokenizer=\)"):
+            OnDeviceModel(tmp_path)
+    assert OnDeviceModel(tmp_path, tokenizer()).encode("How?") == OnDeviceModel(exact).encode("How?")
 
 
 def test_a_folder_without_a_program_says_so(model_folder):

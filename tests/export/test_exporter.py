@@ -69,16 +69,51 @@ def test_an_output_that_holds_something_is_left_alone(model_folder, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("output", [".", "..", "inner/.."])
+def test_the_folder_that_one_is_in_is_no_output(model_folder, tmp_path, monkeypatch, output):
+    (tmp_path / "here/inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(exporter.MobileLLMForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match=f"output={output} is where you are"):
+        export(model_folder, output)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_weights_are_read(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(exporter.MobileLLMForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match="output=.*file/out cannot be written"):
+        export(model_folder, tmp_path / "file/out")
+
+
 def test_too_little_memory_or_disk_is_told_before_the_weights_are_read(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter.MobileLLMForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(size, "free_memory", lambda: 10**8)
-    with pytest.raises(MemoryError, match=r"takes about .* GB of memory and 0\.1 GB are free"):
+    with pytest.raises(MemoryError, match=r"model=.* takes about .* GB of memory and 0\.1 GB are free.* below 128"):
         export(model_folder, tmp_path / "out")
     monkeypatch.setattr(size, "free_memory", lambda: 10**11)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(size.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"takes about .* MB and .* has 0 MB free"):
+    with pytest.raises(OSError, match=r"output=.*out: .* take about .* MB, and its disk has 0 MB free"):
         export(model_folder, tmp_path / "out")
+
+
+def test_the_tokenizer_takes_room_too(tmp_path, monkeypatch):
+    config = MobileLLMConfig.for_size("140M")
+    quantization = Quantization.for_config("8da4w", config)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(size.shutil, "disk_usage", lambda path: usage._replace(free=130 * 10**6))
+    size.check_disk(tmp_path / "out", config, quantization, 10 * 10**6)
+    with pytest.raises(OSError, match="take about 13[0-9] MB, and its disk has 130 MB free"):
+        size.check_disk(tmp_path / "out", config, quantization, 17 * 10**6)
+
+
+def test_what_a_container_keeps_of_files_is_free(tmp_path):
+    for name, text in (("max", "4000000\n"), ("current", "3000000\n"), ("stat", "anon 5\ninactive_file 9000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert size.free_memory(tmp_path) == 1_009_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert size.free_memory(tmp_path) > 10**7
+    assert size.free_memory(tmp_path / "none") > 10**7
 
 
 def test_a_file_that_is_not_what_was_asked_for_does_not_get_the_name(model_folder, tmp_path, monkeypatch):
@@ -87,7 +122,7 @@ def test_a_file_that_is_not_what_was_asked_for_does_not_get_the_name(model_folde
     monkeypatch.setattr(exporter, "read_weights", lambda path: [])
     with pytest.raises(RuntimeError, match="is not what was asked for: it lacks"):
         export(model_folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_program_says_which_weights_it_was_made_of(model_folder, monkeypatch):

@@ -11,10 +11,12 @@ import torch
 from export_cases import eager_logits, random_tokens, tiny_model, tokenizer
 from optimum.executorch import ExecuTorchModelForCausalLM
 from optimum.exporters.executorch.task_registry import task_registry
+from packaging.requirements import Requirement
 
 import mobilellm_hf.export.optimum as ours
 from mobilellm_hf import save_as_llama4_text
 from mobilellm_hf.export.program import read_weights
+from mobilellm_hf.export.requirements import INSTALL, WITHOUT_DEPENDENCIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +66,10 @@ def test_other_models_go_its_own_way():
         ({"dtype": "float16"}, "--dtype float16 cannot be exported"),
         ({"dtype": "bfloat16", "qlinear": "8da4w"}, "--dtype bfloat16 cannot be exported with --qlinear"),
         ({"disable_dynamic_shapes": True}, "--disable_dynamic_shapes"),
+        ({"device": "cuda"}, "--device cuda cannot be followed"),
+        ({"revision": "v2"}, "--revision v2 cannot be followed"),
+        ({"qembedding_encoder": "8w"}, "--qembedding_encoder 8w cannot be followed"),
+        ({"qlinear_packing_format": "tile_packed_to_4d"}, "--qlinear_packing_format tile_packed_to_4d cannot be"),
         ({"max_seq_len": 1000}, "max_seq_len=1,000 is beyond the 128 positions"),
         ({"qlinear": "8da4w", "qlinear_group_size": 64}, "group_size=64 does not divide the 96 inputs"),
     ],
@@ -88,5 +94,7 @@ def test_what_is_installed_without_its_dependencies_works_with_the_versions_that
     makefile = (ROOT / "Makefile").read_text()
     for name in ("executorch", "optimum-executorch"):
         assert version(name) == pins[name]
+        (wanted,) = (found for found in map(Requirement, WITHOUT_DEPENDENCIES) if found.name == name)
+        assert pins[name] in wanted.specifier and "99" not in wanted.specifier and f'"{name}>=' in INSTALL
         assert re.search(rf"--no-deps .*\b{name}\b", makefile)
     assert int(version("transformers").split(".")[0]) == 5 and "rc" not in version("transformers")

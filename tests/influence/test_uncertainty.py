@@ -1,15 +1,17 @@
 """Intervals and shrinkage by simulation, where the truth is known, and against resampling by hand."""
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from accelerate import PartialState
 from influence_cases import brute_force_scores, build, predicting, probe_gradient, rows
 
 from mobilellm_hf.influence import mixture_weights
-from mobilellm_hf.influence.bootstrap import RhoDraws, bootstrap_rho, combine_seeds
+from mobilellm_hf.influence.bootstrap import RhoDraws, bootstrap_rho, bootstrap_scores, combine_seeds
 from mobilellm_hf.influence.curvature import AdamCurvature, IdentityCurvature
 from mobilellm_hf.influence.folds import fold_influence, load_folds, save_folds, split_into_folds
+from mobilellm_hf.influence.scoring import ScoringCheckpoint
 from mobilellm_hf.influence.uncertainty import proportional_mix, shrinkage, uncertain_weights
 
 TRUTH = np.array([1.0, 0.6, 0.3, 0.1, 0.05])
@@ -159,6 +161,37 @@ def test_seeds_are_averaged_and_their_spread_counts(tmp_path):
         combine_seeds([both, RhoDraws(["a"], np.ones(1), {"rows": np.ones((500, 1))}, {"rows": 2})])
     with pytest.raises(ValueError, match="does not exist: score that seed first"):
         RhoDraws.load(tmp_path / "none.npz")
+    np.savez(tmp_path / "old.npz", sources=["a"], rho=[1.0], units=[2], **{"error rows": np.ones((5, 1))})
+    with pytest.raises(ValueError, match="old.npz says nothing of its seed: run the scoring of that seed again"):
+        RhoDraws.load(tmp_path / "old.npz")
+
+
+def scored(seed: int, columns=("code", "math"), shift: float = 0.0, tokens=range(10, 50), draws: int = 300):
+    """A run over forty rows of two sources and two folds a probe; returns what was resampled."""
+    checkpoint = ScoringCheckpoint("model", None, 1, ("code", "math"), "00-model")
+    rng = np.random.default_rng(0)
+    table = pyarrow.table({
+        "row": range(40), "source": ["a", "b"] * 20, "tokens": list(tokens),
+        "code": rng.normal(1 + shift, 1, 40), "math": rng.normal(1, 1, 40),
+    })  # fmt: skip
+    folds = {checkpoint: {name: (rng.normal(size=(2, 2)), np.array([3, 3])) for name in ("code", "math")}}
+    return bootstrap_scores({checkpoint: table}, folds, list(columns), draws, seed)
+
+
+def test_seeds_are_joined_only_if_they_were_resampled_alike(tmp_path):
+    first = scored(0)
+    first.save(tmp_path / "first.npz")
+    again = RhoDraws.load(tmp_path / "first.npz")
+    assert (again.seed, again.capabilities, again.fingerprint) == (0, ("code", "math"), first.fingerprint)
+    both = combine_seeds([first, scored(0, shift=0.5)])
+    assert both.errors["rows"].std(0) == pytest.approx(first.errors["rows"].std(0), rel=0.3)
+    assert combine_seeds([both, scored(0, columns=("math", "code"))]).capabilities == ("code", "math")
+    with pytest.raises(ValueError, match="resampled by seed=1 and seed=0, so that the noise of the same rows"):
+        combine_seeds([again, scored(1)])
+    with pytest.raises(ValueError, match="for other capabilities: code and code, math: give both the same mixture_c"):
+        combine_seeds([again, scored(0, columns=["code"])])
+    with pytest.raises(ValueError, match="on other rows or probes"):
+        combine_seeds([again, scored(0, tokens=range(11, 51))])
 
 
 @pytest.mark.parametrize("kind", ["identity", "adam"])

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,13 +52,37 @@ def test_the_right_sign_passes_and_the_wrong_one_does_not(scored):
     assert (right.low, right.high) == pytest.approx((np.mean(per_seed) - half, np.mean(per_seed) + half))
 
 
-def test_a_bottom_that_teaches_nothing_itself_does_not_win(scored):
+def test_a_bottom_that_unteaches_less_than_the_top_wins(scored):
     model, data, scores = scored
     wild = check(model, data, scores, learning_rate=3.0, seeds=1)
-    back = replace(wild, difference=-abs(wild.difference))
+    back, ahead = (replace(wild, difference=sign * abs(wild.difference)) for sign in (-1, 1))
     assert back.figures()["sign_check/bottom"] > back.figures()["sign_check/before"]
-    assert not back.bottom_wins and "no verdict, since neither side teaches" in back.verdict()
-    assert replace(back, bottom={"easy": [float("nan")]}, difference=float("nan")).bottom_wins
+    assert back.bottom_wins and "the bottom wins" in back.verdict()
+    assert not ahead.bottom_wins and "no verdict, since neither side teaches" in ahead.verdict()
+
+
+def test_a_training_that_was_ruined_is_no_verdict_against_the_other(scored):
+    model, data, scores = scored
+    found, ruined = check(model, data, scores), {"easy": [float("nan")] * 3, "other": [2.0] * 3}
+    nothing = dict.fromkeys(("difference", "low", "high"), float("nan"))
+    below = replace(found, bottom=ruined, **nothing)
+    assert not below.bottom_wins and "no verdict, since the training on the bottom was ruined" in below.verdict()
+    above = replace(found, top=ruined, **nothing)
+    assert above.bottom_wins and "the bottom wins" in above.verdict()
+    assert not replace(above, bottom=ruined).bottom_wins
+
+
+def test_ranks_that_measure_otherwise_decide_alike(tmp_path):
+    worker = str(Path(__file__).parent / "sign_check_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*command, worker, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert str(first) == str(second)  # as text, since the interval of one seed is no number
+
+
+def test_what_is_within_the_seeds_decides_nothing(scored):
+    model, data, scores = scored
     within = replace(check(model, data, -scores), high=0.001)
     assert not within.bottom_wins and "the seeds differ by as much" in within.verdict()
     still = check(model, data, scores, learning_rate=0.0, seeds=1)

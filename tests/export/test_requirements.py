@@ -1,0 +1,28 @@
+"""What is missing is told at once, even where it is needed last."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from mobilellm_hf.export.requirements import INSTALL, need_executorch
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
+    need_executorch()
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ImportError) as error:
+        need_executorch()
+    assert "needs flatbuffers: " in str(error.value) and INSTALL in str(error.value)
+
+
+def test_the_quickstart_does_not_begin_what_it_cannot_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output-dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "recipes/quickstart.py"), run_name="__main__")
+    assert end.value.code == 2 and "error: running on a device needs flatbuffers" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
