@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py --data data --folder runs/evidence            # an hour on two cores
     python benchmarks/evidence.py --data data --folder runs/evidence --only figure3 figure4 agreement
-    python benchmarks/evidence.py --data data --folder runs/evidence --page docs/evidence.md
+    python benchmarks/evidence.py --data data --folder runs/evidence --page docs/evidence/README.md
 
 `data` holds gsm8k_train.jsonl, gsm8k_test.jsonl (question, answer), math_test.jsonl (problem, solution, type),
 humaneval.jsonl (prompt, canonical_solution), wikitext2_valid.txt and wikitext2_test.txt; Python sources are those of
@@ -101,6 +101,7 @@ def main() -> None:
             parameters=f"{parameters(lab):,} parameters", tokens=args.steps * 1024, date=date.today().isoformat(),
             machine=machine(),
         )  # fmt: skip
+        args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(page(findings, head, args.page.parent))
         console.print(f"{args.page}: written")
 
