@@ -46,6 +46,7 @@ def launch(description: str, classes: tuple[type, ...], run: Callable[..., objec
     try:
         arguments = parser.parse_args_and_config()
         run(*arguments[: len(classes)], console)
+        state.destroy_process_group()  # else Gloo's threads, still running at the end, abort a process now and then
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on where it stopped", style="bold yellow")
         sys.exit(130)

@@ -55,6 +55,7 @@ def main() -> None:
     if state.is_main_process:
         print("asked", counts[0], flush=True)
         print("asked", counts[1], flush=True)
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

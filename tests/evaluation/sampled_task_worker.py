@@ -79,8 +79,7 @@ def main():
     report = {"errors": errors, "kept": kept}
     report["result"] = run(folder, model, tokenizer, batch_size=4, source="here").to_json()
     (folder / f"report-{state.process_index}.json").write_text(json.dumps(report))
-    state.wait_for_everyone()
-    os._exit(0)  # gloo's threads may outlive the interpreter, which ends the process with an abort
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

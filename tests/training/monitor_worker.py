@@ -1,7 +1,6 @@
 """Run by torchrun from test_monitors.py: the figures that two processes take of one model, whole and sharded."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -34,8 +33,7 @@ def main():
         figures |= RankMeCallback(data, every=1, positions=60, batch_size=4).measure(model)
         report = {"figures": figures, "forwards": len(forwards)}
         (folder / f"{way}-{state.process_index}.json").write_text(json.dumps(report))
-    state.wait_for_everyone()
-    os._exit(0)  # gloo's threads may outlive the interpreter, which ends the process with an abort
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -167,10 +167,12 @@ def test_writing_goes_on_after_a_kill_and_redoes_what_is_damaged(tmp_path):
 WRITER = """
 import os, sys
 sys.path.insert(0, {tests!r})
+from accelerate import PartialState
 from distillation_cases import build_teacher, packed_rows
 from mobilellm_hf.training.teacher_cache import TeacherCache
 on_batch = None if os.environ["RANK"] == "0" else lambda rows: print("the other read", rows)
 TeacherCache.write(build_teacher(), packed_rows(8), {folder!r}, top_k=8, rows_per_shard=1, on_batch=on_batch)
+PartialState().destroy_process_group()
 """
 
 
