@@ -1,6 +1,7 @@
 """What is missing is told at once, even where it is needed last."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,3 +27,11 @@ def test_the_quickstart_does_not_begin_what_it_cannot_end(tmp_path, monkeypatch,
         runpy.run_path(str(ROOT / "recipes/quickstart.py"), run_name="__main__")
     assert end.value.code == 2 and "error: running on a device needs flatbuffers" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_runs_a_program_loads_nothing_of_what_makes_one():
+    """Libraries of data and training would be resident on a device beside the program."""
+    code = "import sys; from mobilellm_hf.export import OnDeviceModel; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "mobilellm_hf" in loaded and not loaded & {"datasets", "pandas", "pyarrow", "trl", "peft"}
