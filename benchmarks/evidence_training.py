@@ -37,7 +37,7 @@ def phase(lab: Lab, seed: int, arm: str, number: int) -> Job:
     }  # fmt: skip
     if ARMS[arm]:
         settings |= {"resample_at_start": True, "resample_every": steps // 2, "candidates_per_source": 64,
-                     "sign_check": "off", "delay_steps": 4}  # fmt: skip
+                     "sign_check": "off", "delay_steps": 4, "allow_overlap": True}  # fmt: skip
     return Job("midtrain.py", f"phases/{arm}-{seed}-{number}", settings)
 
 
@@ -72,7 +72,7 @@ def narrowing(lab: Lab) -> Finding:
                     name = f"narrowing/{'base' if number == 0 else arm}-{seed}-{number}-{curvature}"
                     checkpoints = [{"name": scored_model(lab, seed, arm, number), "step": 1}]
                     jobs[name] = score(lab, name, checkpoints, rows_per_source=lab.scale.rows_scored, bootstraps=0,
-                                       probe_folds=0, curvature=curvature)  # fmt: skip
+                                       probe_folds=0, curvature=curvature, overlap="drop")  # fmt: skip
     lab.run_all("influence through the phases", list(jobs.values()))
     lines, ratios = [], {}
     for curvature in curvatures:
@@ -159,7 +159,9 @@ def rank_me(lab: Lab) -> Finding:
 
     by_rank = interval(correlations(ranks))
     by_nll = interval(correlations({(rate, seed): -nll["pretrain", rate, seed] for rate, seed in cells}))
-    outcome = REPLICATES if by_rank.above() and not by_nll.above() else PARTLY if by_rank.above() else FAILS
+    rising = interval([rank_correlation(RATES, [ranks[rate, seed] for rate in RATES]) for seed in seeds])
+    parts = rising.above(), by_rank.above(), not by_nll.above()
+    outcome = REPLICATES if all(parts) else PARTLY if by_rank.above() else FAILS
     return Finding(
         "RankMe and the learning rate (Table 11)",
         "higher learning rates give pre-trained models of higher RankMe, which tells how good they are after "
@@ -167,8 +169,8 @@ def rank_me(lab: Lab) -> Finding:
         f"{len(RATES)} learning rates x {len(seeds)} seeds, {steps} steps, and as many of mid-training at one rate. "
         "Quality is the mean NLL of code, math and knowledge probes, not MMLU, which such models cannot answer.",
         outcome,
-        f"Spearman's correlation with the quality after mid-training, mean over seeds: {by_rank} of RankMe, {by_nll} "
-        "of the quality before it.",
+        f"Spearman's correlations, mean over seeds: of the learning rate and RankMe {rising}; with the quality after "
+        f"mid-training {by_rank} of RankMe, {by_nll} of the quality before it.",
         [Figures("Mean over seeds with the 95% interval",
                  ["learning rate", "NLL before", "RankMe", "NLL after mid-training"], lines)],
     )  # fmt: skip

@@ -160,7 +160,7 @@ class InfluenceResamplingCallback(MixtureCallback):
         if self.every is not None and state.max_steps // self.every >= MAX_CHANGES:
             raise ValueError(f"every={self.every} makes more than {MAX_CHANGES} rounds in {state.max_steps} steps")
         if not self.allow_overlap and state.global_step == 0:
-            remedy = "Take them out of the mixture or the probes, or pass allow_overlap=True."
+            remedy = "Take them out of the mixture or the probes, or set allow_overlap to True."
             refuse_overlap(self.mixture.select(np.arange(self.mixture.num_rows)), self.probes, remedy)
         if self.every is not None and self.every + self.delay_steps >= state.max_steps:
             raise ValueError(
