@@ -11,6 +11,7 @@ folder. Any number of interruptions costs no finished model.
 """
 
 import argparse
+import dataclasses
 import hashlib
 from datetime import date
 from pathlib import Path
@@ -18,9 +19,9 @@ from pathlib import Path
 import yaml
 from common import machine
 from evidence_data import FILES, build_data, check_folder
-from evidence_lab import STUDENT, Lab, Scale
+from evidence_lab import STUDENT, TEACHER, Lab, Scale
 from evidence_mixtures import agreement, influence_mix, leave_one_out, rejection
-from evidence_report import page, show
+from evidence_report import Finding, page, show
 from evidence_training import narrowing, rank_me, staged_fine_tuning
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -31,12 +32,14 @@ CLAIMS = {
     "figure3": leave_one_out, "figure4": influence_mix, "agreement": agreement, "figure5": narrowing,
     "figure6": rejection, "table11": rank_me, "table2": staged_fine_tuning,
 }  # fmt: skip
+NOT_DONE = "could not be done"
 HEAD = """# The paper's claims, at a small scale
 
 MobileLLM-R1 shows what its data and its recipe gain without seeds or intervals, on models of 140M parameters and more.
-Here the same comparisons are made on models of {parameters}, which read some {tokens:,} tokens of real text each, as
-often as it takes to say how sure they are. What does not replicate at this scale may well hold at the paper's; what
-does is at least no accident of one run. Everything is reported as it fell.
+Here the same comparisons are made on models of {parameters}, which read {tokens:,} tokens of real text each and
+{audited:,} in an audit, with several seeds and 95% intervals over them. What does not replicate at this scale may well
+hold at the paper's; what does is at least no accident of one run; *undecided* is what the intervals leave open.
+Everything is reported as it fell.
 
 {date}, {machine}. To repeat it: `python benchmarks/evidence.py --data DATA --folder runs/evidence`, with GSM8K, MATH,
 HumanEval and WikiText-2 in DATA, as `--help` says."""
@@ -48,6 +51,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def two_or_more(text: str) -> int:
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError("an interval takes two seeds or more")
+    return int(text)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of GSM8K, MATH, HumanEval and WikiText-2")
@@ -56,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--processes", type=positive, default=2, help="models that are trained at a time")
     parser.add_argument("--steps", type=positive, default=Scale.steps, help="of a model, 1,024 tokens each")
     parser.add_argument("--audit-steps", type=positive, default=Scale.audit_steps, help="of a model of an audit")
-    parser.add_argument("--seeds", type=positive, default=Scale.seeds, help="of leave-one-out and fine-tuning")
+    parser.add_argument("--seeds", type=two_or_more, default=Scale.seeds, help="of leave-one-out and fine-tuning")
     parser.add_argument("--page", type=Path, help="Markdown file to write; pictures are put beside it")
     return parser.parse_args()
 
@@ -67,16 +76,28 @@ def parameters(lab: Lab) -> int:
 
 
 def build_once(lab: Lab, data: Path) -> None:
-    """Raises a ValueError if the folder was made of other data."""
-    marker, digest = lab.folder / "data.yaml", hashlib.sha256()
+    """Raises a ValueError if the folder was made of other data, or for other steps, seeds or shapes."""
+    marker, digest = lab.folder / "made_of.yaml", hashlib.sha256()
     for name in FILES:
         digest.update((data / name).read_bytes())
+    made_of = {"data": digest.hexdigest(), **dataclasses.asdict(lab.scale), "student": STUDENT, "teacher": TEACHER}
     if not marker.exists():
         with lab.console.status("data"):
-            sizes = build_data(data, lab.folder / "data")
-        marker.write_text(yaml.safe_dump({"characters": sizes, "sha256": digest.hexdigest()}))
-    elif yaml.safe_load(marker.read_text())["sha256"] != digest.hexdigest():
-        raise ValueError(f"{lab.folder} was made of other data than {data}: take another --folder")
+            build_data(data, lab.folder / "data")
+        marker.write_text(yaml.safe_dump(made_of))
+    before = yaml.safe_load(marker.read_text())
+    if other := [
+        f"{name} {before.get(name)}, not {value}" for name, value in made_of.items() if before.get(name) != value
+    ]:
+        raise ValueError(f"{lab.folder} was made with other settings ({', '.join(other)}): take another --folder")
+
+
+def find_out(lab: Lab, name: str) -> Finding:
+    """What cannot be done, such as weights where no source helps, is an outcome, too."""
+    try:
+        return CLAIMS[name](lab)
+    except (ValueError, RuntimeError, OSError) as error:
+        return Finding(name, "", "", NOT_DONE, str(error))
 
 
 def main() -> None:
@@ -89,21 +110,23 @@ def main() -> None:
         build_once(lab, args.data)
         findings = []
         for name in args.only:
-            findings.append(CLAIMS[name](lab))
+            findings.append(find_out(lab, name))
             show(findings[-1], console)
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on where it stopped") from None
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     console.print(machine())
     if args.page:
         head = HEAD.format(
-            parameters=f"{parameters(lab):,} parameters", tokens=args.steps * 1024, date=date.today().isoformat(),
-            machine=machine(),
+            parameters=f"{parameters(lab):,} parameters", tokens=args.steps * 1024,
+            audited=args.audit_steps * 1024, date=date.today().isoformat(), machine=machine(),
         )  # fmt: skip
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(page(findings, head, args.page.parent))
         console.print(f"{args.page}: written")
+    if any(finding.outcome == NOT_DONE for finding in findings):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ train/SOURCE.jsonl               what is read: GSM8K and MATH, WikiText-2, Pytho
 tuning/CAPABILITY.jsonl          other documents of those sources, by which influence and rivals are tuned
 final/CAPABILITY.jsonl           HumanEval, GSM8K's test set, WikiText's test set: what decides
 unscored/DOMAIN.jsonl            MATH's geometry and Python's own tests, which no source has any of
-conversations/NAME-SPLIT.jsonl   problems and their solutions, for supervised fine-tuning
+conversations/NAME-SPLIT.jsonl   problems and their solutions, for supervised fine-tuning; of `test` no source has any
 """
 
 import json
@@ -114,8 +114,8 @@ def write(file: Path, rows: Iterable[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def build_data(data: Path, folder: Path) -> dict[str, int]:
-    """Writes all of the above and a tokenizer into `folder`; characters of each source."""
+def build_data(data: Path, folder: Path) -> None:
+    """Writes all of the above and a tokenizer into `folder`."""
     sources = {
         "gsm8k": as_text(gsm8k(data / "gsm8k_train.jsonl")),
         "algebra": as_text(mathematics(data, "algebra")),
@@ -149,18 +149,21 @@ def build_data(data: Path, folder: Path) -> dict[str, int]:
     for group, parts in (("train", train), *probes.items()):
         for name, texts in parts.items():
             write(folder / group / f"{name}.jsonl", ({"text": text} for text in texts))
-    write_conversations(data, folder)
+    write_conversations(data, folder, known)
     train_tokenizer([text for texts in train.values() for text in texts], VOCABULARY, show_progress=False
                     ).save_pretrained(folder / "tokenizer")  # fmt: skip
-    return {name: sum(map(len, texts)) for name, texts in train.items()}
 
 
-def write_conversations(data: Path, folder: Path) -> None:
+def write_conversations(data: Path, folder: Path, known: set[tuple[str, ...]]) -> None:
+    """known: windows of what the sources have, of which no problem that is kept for the test may have one."""
     problems = shuffled(mathematics(data, "algebra"))
-    held_out = round(len(problems) * HELD_OUT)
+    new = [
+        row for row in problems if known.isdisjoint(windows(row["answer"])) and len(row["answer"].split()) >= WINDOW
+    ]
+    held_out = new[: round(len(problems) * HELD_OUT)]
     parts = {
         "gsm8k-train": gsm8k(data / "gsm8k_train.jsonl"), "gsm8k-test": gsm8k(data / "gsm8k_test.jsonl"),
-        "algebra-train": problems[held_out:], "algebra-test": problems[:held_out],
+        "algebra-train": [row for row in problems if row not in held_out], "algebra-test": held_out,
     }  # fmt: skip
     for name, rows in parts.items():
         write(folder / "conversations" / f"{name}.jsonl", rows)

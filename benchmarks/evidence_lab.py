@@ -39,7 +39,7 @@ class Scale:
     """How much is trained: steps of a model, of BATCH_SIZE x SEQ_LENGTH tokens, and how often each is repeated."""
 
     steps: int = 120
-    audit_steps: int = 80
+    audit_steps: int = 60
     learning_rate: float = 6e-3
     audit_seeds: int = 9
     rejection_seeds: int = 8
@@ -126,7 +126,7 @@ class Lab:
         config, done = (self.folder / "configs" / f"{job.name}.{ending}" for ending in ("yaml", "done"))
         log = self.folder / "logs" / f"{job.name}.txt"
         text = yaml.safe_dump({**job.settings, "output_dir": str(self.folder / job.name)}, sort_keys=False)
-        if done.exists() and done.read_text() == text:
+        if done.exists() and done.read_text() == text and (self.folder / job.name).exists():
             return
         for file in (config, log):
             file.parent.mkdir(parents=True, exist_ok=True)

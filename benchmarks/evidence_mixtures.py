@@ -1,7 +1,7 @@
 """Claims of evidence.py on what is read: leave-one-out, the influence mix, and rejection (Figures 3, 4 and 6)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow.parquet
 import yaml
 from evidence_data import CAPABILITIES, SOURCES
 from evidence_lab import SEQ_LENGTH, STUDENT, TEACHER, Job, Lab, saves
-from evidence_report import FAILS, PARTLY, REPLICATES, Figures, Finding, interval
+from evidence_report import FAILS, PARTLY, REPLICATES, UNDECIDED, Figures, Finding, Interval, interval, judged
 
 from mobilellm_hf.audit.arguments import ARMS
 from mobilellm_hf.audit.statistics import partial_rank_correlation
@@ -18,6 +18,9 @@ from mobilellm_hf.audit.statistics import partial_rank_correlation
 # Of the sources, the one that is nearest to broad text from the web.
 BROADEST = "wikitext"
 CHECKPOINTS = 3
+# An arm of the audit that reads as much as the mixture, not longer by what the mixture cost to find.
+EQUAL_TOKENS = "uniform_equal_tokens"
+SHUFFLES = 10_000
 
 
 def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,25 +41,36 @@ def leave_one_out(lab: Lab) -> Finding:
         [source, *("{delta:+.3f} [{low:+.3f}, {high:+.3f}]".format(**effects[source][name]) for name in CAPABILITIES)]
         for source in effects
     ]
-    largest = {name: max(effects, key=lambda source: effects[source][name]["delta"]) for name in CAPABILITIES}
     hurts = [name for name in CAPABILITIES if effects[BROADEST][name]["low"] > 0]
-    needed = [name for name in CAPABILITIES if largest[name] == BROADEST and name in hurts]
-    outcome = REPLICATES if len(needed) == 3 else PARTLY if len(hurts) > 1 else FAILS
+    deltas = {(row["source"], row["capability"], row["seed"]): row["delta"] for row in lost(folder)}
+    most, against = [], []
+    for name in CAPABILITIES:
+        next_one = max(set(effects) - {BROADEST}, key=lambda source: effects[source][name]["delta"])
+        both = ([deltas[source, name, seed] for seed in range(scale.seeds)] for source in (BROADEST, next_one))
+        most.append(interval(*both))
+        against.append(f"on {name} than {next_one} {most[-1]}")
     said = (
-        f"Without {BROADEST} the NLL rises (interval above 0) on {listed(hurts)}. What is missed most: "
-        + ", ".join(f"{largest[name]} on {name}" for name in CAPABILITIES) + "."
-    )  # fmt: skip
+        f"Without {BROADEST} the NLL rises (interval above 0) on {listed(hurts)}. It is missed more than the source "
+        f"that is missed most beside it, by: {', '.join(against)}. Of {3 * len(effects)} intervals, each for itself, "
+        "about one does not hold what it should."
+    )
     return Finding(
         "Leave one out (Figure 3)",
         "without FineWeb-Edu, which is broad text from the web, all three capabilities lose most.",
         f"{scale.seeds} seeds x {len(SOURCES) + 1} models, equal shares and no text twice; {BROADEST} is the broadest "
-        "source, though an encyclopedia and no web crawl. Probes: HumanEval, GSM8K's and WikiText's test sets, of "
-        "which GSM8K's and WikiText's are of a source's own kind.",
-        outcome, said,
+        "source, though an encyclopedia and no web crawl. Three sources are of math and two of code, which stand in "
+        f"for each other when one is left out; {BROADEST} has no such neighbour. Probes: HumanEval, GSM8K's and "
+        "WikiText's test sets, of which GSM8K's and WikiText's are of a source's own kind.",
+        judged(*most), said,
         [Figures("NLL without the source minus with all, nats a token, 95% interval over seeds",
                  ["left out", *CAPABILITIES], lines)],
         [folder / "heat_map.png"],
     )  # fmt: skip
+
+
+def lost(folder: Path) -> list[dict]:
+    """source, capability, seed, delta."""
+    return pyarrow.parquet.read_table(folder / "leave_one_out.parquet").to_pylist()
 
 
 def listed(names: Sequence[str]) -> str:
@@ -104,28 +118,27 @@ def audit_settings(lab: Lab, seeds: int, steps: int) -> dict[str, Any]:
 
 
 def comparisons_of(results: Mapping[str, Any]) -> list[list[str]]:
-    lines = []
-    for part in results["comparisons"]:
-        final, unscored = part["final"], part["unscored"]
-        lines.append([
-            part["other"], f"{part['learning_rate']:g}",
-            f"{final['mean']:+.4f} [{final['low']:+.4f}, {final['high']:+.4f}]", f"{part['p_value']:.3f}",
-            f"{unscored['mean']:+.4f} [{unscored['low']:+.4f}, {unscored['high']:+.4f}]", part["result"],
-        ])  # fmt: skip
-    return lines
+    return [
+        [part["other"], f"{part['learning_rate']:g}", str(of(part["final"])), f"{part['final']['p_value']:.3f}",
+         f"{part['p_value']:.3f}", *(str(of(part["per_probe"][name])) for name in CAPABILITIES),
+         str(of(part["unscored"]))]
+        for part in results["comparisons"]
+    ]  # fmt: skip
 
 
-AUDIT_COLUMNS = ["against", "learning rate", "final probes", "p (Holm)", "unscored domains", "result"]
+AUDIT_COLUMNS = ["against", "learning rate", "all probes", "p", "p (Holm)", *CAPABILITIES, "unscored domains"]
 
 
-def against(results: Mapping[str, Any], other: str) -> list[str]:
-    """The results at the learning rates: better, worse, or neither."""
-    return [part["result"] for part in results["comparisons"] if part["other"] == other]
+def of(difference: Mapping[str, float]) -> Interval:
+    return Interval(difference["mean"], difference["low"], difference["high"])
 
 
-def outcome_of(found: Sequence[str]) -> str:
-    better = found.count("better")
-    return REPLICATES if better == len(found) else PARTLY if better and "worse" not in found else FAILS
+def outcome_against(results: Mapping[str, Any], other: str) -> str:
+    """By the intervals of the mean over probes, at every learning rate; no capability may be worse."""
+    parts = [part for part in results["comparisons"] if part["other"] == other]
+    outcome = judged(*(of(part["final"]).negative() for part in parts))
+    worse = [name for part in parts for name, found in part["per_probe"].items() if of(found).above()]
+    return PARTLY if outcome == REPLICATES and worse else outcome
 
 
 def influence_mix(lab: Lab) -> Finding:
@@ -135,7 +148,8 @@ def influence_mix(lab: Lab) -> Finding:
     settings = audit_settings(lab, scale.audit_seeds, scale.audit_steps)
     lab.run_together(
         Job("audit.py", "audit",
-            settings | {"mixture": str(file), "arms": list(ARMS), "others": {"shrunk": mixtures["shrunk"]}})
+            settings | {"mixture": str(file), "arms": list(ARMS), "others": {
+                "shrunk": mixtures["shrunk"], EQUAL_TOKENS: dict.fromkeys(SOURCES, 1 / len(SOURCES))}})
     )  # fmt: skip
     results = json.loads((lab.folder / "audit" / "results.json").read_text())
     weights = ", ".join(f"{name} {value:.2f}" for name, value in mixtures["unshrunk"].items())
@@ -145,11 +159,13 @@ def influence_mix(lab: Lab) -> Finding:
         "Influence mix (Figure 4)",
         "the mixture by influence, found without the benchmarks, beats uniform sampling on code, math and knowledge.",
         f"three models of one capability each, {CHECKPOINTS} checkpoints of each, DataInf; equation (5) gives "
-        f"{weights} (shrunk: {shrunk}). Then `recipes/audit.py` with baselines, placebos and rivals, "
-        f"{scale.audit_seeds} seeds, arms whose weights cost nothing given more tokens for it. Bits per byte on "
-        "HumanEval, GSM8K's and WikiText's test sets; unscored are MATH's geometry and Python's own tests.",
-        outcome_of(against(results, "uniform")),
-        verdict["headline"],
+        f"{weights} (shrunk: {shrunk}). Then `recipes/audit.py` of this one mixture, beside baselines, placebos and "
+        f"rivals: {scale.audit_seeds} seeds, {scale.audit_steps} steps. Arms whose weights cost nothing train 17.6% "
+        f"longer, the price that the paper names for the scores; `{EQUAL_TOKENS}` is uniform without that, as in "
+        "Figure 4, and decides the outcome here. Bits per byte on HumanEval, GSM8K's and WikiText's test sets, of "
+        "which the last two are of a source's own kind; unscored are MATH's geometry and Python's own tests.",
+        outcome_against(results, EQUAL_TOKENS),
+        f"The audit, with all costs: {verdict['headline']}",
         [Figures("Bits per byte of the influence mix minus those of the other arm; below 0 it is better",
                  AUDIT_COLUMNS, comparisons_of(results))],
         [lab.folder / "audit" / "forest.png"],
@@ -159,31 +175,51 @@ def influence_mix(lab: Lab) -> Finding:
 def agreement(lab: Lab) -> Finding:
     """Of what influence predicts and leave-one-out finds, cell by cell of source x capability."""
     figures = yaml.safe_load((lab.folder / "influence" / "mixture.yaml").read_text())["sources"]
-    rows = pyarrow.parquet.read_table(lab.folder / "leave-one-out" / "leave_one_out.parquet").to_pylist()
+    rows = lost(lab.folder / "leave-one-out")
     own = [float(capability == SOURCES[source]) for capability in CAPABILITIES for source in SOURCES]
     predicted = [place for name in CAPABILITIES for place in places([figures[s]["influence"][name] for s in SOURCES])]
-    plain, given_own, by_own = [], [], []
-    for seed in sorted({row["seed"] for row in rows}):
-        delta = {(row["source"], row["capability"]): row["delta"] for row in rows if row["seed"] == seed}
-        found = [place for name in CAPABILITIES for place in places([delta[source, name] for source in SOURCES])]
-        plain.append(float(np.corrcoef(predicted, found)[0, 1]))
-        by_own.append(float(np.corrcoef(own, found)[0, 1]))
-        given_own.append(partial_rank_correlation(predicted, found, own))
-    found = {"influence": interval(plain), "influence, given that": interval(given_own),
-             "whether the source is of the capability": interval(by_own)}  # fmt: skip
-    more, anything = found["influence, given that"].above(), found["influence"].above()
-    outcome = REPLICATES if more else PARTLY if anything else FAILS
+    deltas = {cell: [] for cell in [(source, name) for name in CAPABILITIES for source in SOURCES]}
+    for row in rows:
+        deltas[row["source"], row["capability"]].append(row["delta"])
+    means = [[float(np.mean(deltas[source, name])) for source in SOURCES] for name in CAPABILITIES]
+    found = [place for values in means for place in places(values)]
+    correlations = {
+        "influence": (float(np.corrcoef(predicted, found)[0, 1]), shuffles(predicted, own, within_own=False)),
+        "influence, given that": (partial_rank_correlation(predicted, found, own), shuffles(predicted, own, True)),
+    }
+    lines, p_values = [], []
+    for (name, (value, others)), given in zip(correlations.items(), (False, True), strict=True):
+        chance = [partial_rank_correlation(other, found, own) if given else float(np.corrcoef(other, found)[0, 1])
+                  for other in others]  # fmt: skip
+        p_values.append((1 + sum(abs(one) >= abs(value) - 1e-12 for one in chance)) / (1 + len(chance)))
+        lines.append([name, f"{value:+.3f}", f"{p_values[-1]:.3f}"])
+    lines.append(["whether the source is of the capability", f"{float(np.corrcoef(own, found)[0, 1]):+.3f}", ""])
+    shown = [p < 0.05 and value > 0 for p, (value, _) in zip(p_values, correlations.values(), strict=True)]
+    outcome = REPLICATES if shown[1] else PARTLY if shown[0] else UNDECIDED
     return Finding(
         "Influence predicts leave-one-out (Figures 3 and 4 together)",
         "influence stands for what a source does to a capability, which leave-one-out measures by training.",
         f"the influence of each of {len(SOURCES)} sources on each of {len(CAPABILITIES)} capabilities by the models "
         "of one capability, against what leaving the source out does to the capability's final probe. Ranks within a "
-        "capability, since scales differ; correlation over all cells, mean over the seeds of leave-one-out.",
+        "capability, since scales differ; correlation over all cells with the mean over seeds of leave-one-out. The "
+        f"cells are what varies: p is the share of {SHUFFLES:,} shuffles of the prediction, within a capability and, "
+        "in the second line, among its own sources and among the others, that correlate as much.",
         outcome,
         "A prediction is worth something if it knows more than which source is of which capability.",
-        [Figures("Rank correlation with the NLL that leaving the source out costs, 95% interval over seeds",
-                 ["predicted by", "correlation"], [[name, str(value)] for name, value in found.items()])],
+        [Figures("Rank correlation with the NLL that leaving the source out costs",
+                 ["predicted by", "correlation", "p"], lines)],
     )  # fmt: skip
+
+
+def shuffles(predicted: Sequence[int], own: Sequence[float], within_own: bool) -> Iterator[np.ndarray]:
+    """The prediction with its values dealt anew among the cells of a capability, or of a capability and of `own`."""
+    generator, places = np.random.default_rng(0), np.arange(len(predicted))
+    group = places // len(SOURCES) * 2 + (np.asarray(own, dtype=int) if within_own else 0)
+    for _ in range(SHUFFLES):
+        values = np.array(predicted)
+        for number in np.unique(group):
+            values[group == number] = generator.permutation(values[group == number])
+        yield values
 
 
 def places(values: Sequence[float]) -> list[int]:
@@ -217,17 +253,17 @@ def rejection(lab: Lab) -> Finding:
     found = {}
     for file in sorted((lab.folder / "rejection").glob("rejection*/results.json")):
         found["distilled" if "-by-" in file.parent.name else "cross-entropy"] = json.loads(file.read_text())
-    outcomes = {name: outcome_of(against(results, "all_rows")) for name, results in found.items()}
-    both = set(outcomes.values())
+    outcomes = {outcome_against(results, "random_rows") for results in found.values()}
     return Finding(
         "Rejection, plain and distilled (Figure 6)",
         "what is left after samples without positive influence are dropped trains better than all of it, with "
         "cross-entropy and, by less, with distillation.",
-        "every row scored by a model trained on all sources (DataInf), the rows above 0 kept; all_rows trains 17.6% "
-        "longer, which the scores are charged with; "
-        f"{scale.rejection_seeds} seeds of new models, where the paper goes on from a trained one, and a teacher of "
-        f"{TEACHER['hidden_size']} instead of {STUDENT['hidden_size']} dimensions.",
-        both.pop() if len(both) == 1 else PARTLY,
+        "every row scored by one model trained on all sources (DataInf), the rows above 0 kept; all_rows trains 17.6% "
+        "longer, which the scores are charged with, while random_rows reads equal tokens and decides the outcome "
+        f"here; {scale.rejection_seeds} seeds and {scale.audit_steps} steps of new models, where the paper goes on "
+        f"from a trained one; a teacher of {TEACHER['hidden_size']} instead of {STUDENT['hidden_size']} dimensions.",
+        outcomes.pop() if len(outcomes) == 1 else PARTLY if {REPLICATES, PARTLY} & outcomes else
+        FAILS if FAILS in outcomes else UNDECIDED,
         " ".join(f"With {name}: {results['verdict']['headline']}" for name, results in found.items()),
         [Figures(f"With {name}: bits per byte of what is kept minus those of the other arm", AUDIT_COLUMNS,
                  comparisons_of(results)) for name, results in found.items()],

@@ -1,7 +1,7 @@
 """What evidence.py found of a claim, as tables on the terminal and as a page of Markdown."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mobilellm_hf.audit.statistics import paired_difference
 
-REPLICATES, PARTLY, FAILS = "replicates", "replicates in part", "does not replicate"
+REPLICATES, PARTLY, UNDECIDED, FAILS = "replicates", "replicates in part", "undecided", "does not replicate"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Finding:
     Attributes:
         claim: what the paper says, with the figure or table.
         design: what was trained and measured.
-        outcome: REPLICATES, PARTLY or FAILS.
+        outcome: REPLICATES; PARTLY, of a claim that says several things; UNDECIDED, where the intervals leave it
+            open; or FAILS, where they say otherwise.
         said: in a sentence or two, with figures.
         pictures: files, to be shown.
     """
@@ -39,8 +40,8 @@ class Finding:
     design: str
     outcome: str
     said: str
-    figures: Sequence[Figures]
-    pictures: Sequence[Path] = field(default=())
+    figures: Sequence[Figures] = ()
+    pictures: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Interval:
         """Of a figure that is no difference."""
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
+    def negative(self) -> "Interval":
+        return Interval(-self.mean, -self.high, -self.low)
+
     def above(self) -> bool:
         return self.low > 0
 
@@ -69,6 +73,14 @@ def interval(values: Sequence[float], others: Sequence[float] | None = None) -> 
     """Of the values of each seed, or of their differences from others of the same seeds."""
     found = paired_difference(values, [0.0] * len(values) if others is None else others)
     return Interval(found.mean, found.low, found.high)
+
+
+def judged(*parts: Interval) -> str:
+    """The outcome of a claim that says of each part that it is above 0."""
+    above, below = (sum(test(part) for part in parts) for test in (Interval.above, Interval.below))
+    if above:
+        return REPLICATES if above == len(parts) else PARTLY
+    return FAILS if below else UNDECIDED
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -92,8 +104,9 @@ def page(findings: Sequence[Finding], head: str, folder: Path) -> str:
     parts = [head, "", "| claim | outcome |", "|---|---|"]
     parts += [f"| {finding.name} | {finding.outcome} |" for finding in findings]
     for finding in findings:
-        parts += ["", f"## {finding.name}: {finding.outcome}", "", f"The paper: {finding.claim}", "",
-                  f"Here: {finding.design}", "", finding.said]  # fmt: skip
+        parts += ["", f"## {finding.name}: {finding.outcome}"]
+        said = {"The paper: ": finding.claim, "Here: ": finding.design, "": finding.said}
+        parts += [line for start, text in said.items() if text for line in ("", start + text)]
         for figures in finding.figures:
             parts += ["", f"{figures.title}:", "", "| " + " | ".join(figures.columns) + " |"]
             parts += ["|---" * len(figures.columns) + "|"]

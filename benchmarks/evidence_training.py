@@ -8,12 +8,15 @@ import pyarrow.parquet
 from evidence_data import CAPABILITIES
 from evidence_lab import Job, Lab
 from evidence_mixtures import score
-from evidence_report import FAILS, PARTLY, REPLICATES, Figures, Finding, Interval, interval, rank_correlation
+from evidence_report import Figures, Finding, Interval, interval, judged, rank_correlation
 
 PHASES = ("before", "after phase 1", "after phase 2")
 ARMS = {"resampled": True, "plain": False}
 RATES = (1.6e-2, 8e-3, 4e-3, 1e-3)
 SFT_LENGTH = 384
+# Of the seed of a stage to that of the next one, which would otherwise begin with the very rows that were read before.
+NEW_ORDER = 1000
+CANDIDATES = 256
 TASKS = ("copying", "comparing", "sorting", "majority")
 SFT_ARMS = ("reasoning only", "joint", "staged")
 
@@ -32,11 +35,11 @@ def phase(lab: Lab, seed: int, arm: str, number: int) -> Job:
         lab.folder / "phases" / f"{arm}-{seed}-1" / "model-midtrain-stage1"
     )  # fmt: skip
     steps = lab.scale.steps // 2
-    settings = lab.stage(steps, seed, lab.scale.learning_rate / 4) | {
+    settings = lab.stage(steps, seed + number * NEW_ORDER, lab.scale.learning_rate / 4) | {
         "stage": "midtrain-stage1" if number == 1 else "midtrain", "model": before,
     }  # fmt: skip
     if ARMS[arm]:
-        settings |= {"resample_at_start": True, "resample_every": steps // 2, "candidates_per_source": 64,
+        settings |= {"resample_at_start": True, "resample_every": steps // 2, "candidates_per_source": CANDIDATES,
                      "sign_check": "off", "delay_steps": 4, "allow_overlap": True}  # fmt: skip
     return Job("midtrain.py", f"phases/{arm}-{seed}-{number}", settings)
 
@@ -74,21 +77,21 @@ def narrowing(lab: Lab) -> Finding:
                     jobs[name] = score(lab, name, checkpoints, rows_per_source=lab.scale.rows_scored, bootstraps=0,
                                        probe_folds=0, curvature=curvature, overlap="drop")  # fmt: skip
     lab.run_all("influence through the phases", list(jobs.values()))
-    lines, ratios = [], {}
+    lines, logs = [], {}
     for curvature in curvatures:
         for arm in ARMS:
             cells = [(seed, number) for seed in seeds for number in range(3)]
             found = {(seed, number): spreads(lab, seed, arm, number, curvature) for seed, number in cells}
             for number in (1, 2):
-                ratio = {
-                    name: interval([np.log(found[seed, number][0][name] / found[seed, 0][0][name]) for seed in seeds])
+                log = {
+                    name: [float(np.log(found[seed, number][0][name] / found[seed, 0][0][name])) for seed in seeds]
                     for name in CAPABILITIES
                 }  # fmt: skip
                 positive = statistics.mean(found[seed, number][1] for seed in seeds)
-                ratios[curvature, arm, number] = ratio
-                lines.append([curvature, arm, PHASES[number], *(as_ratio(ratio[name]) for name in CAPABILITIES),
-                              f"{positive:.0%}"])  # fmt: skip
-    return narrowing_finding(lab, len(seeds), lines, ratios)
+                logs[curvature, arm, number] = log
+                shown = [as_ratio(interval(log[name])) for name in CAPABILITIES]
+                lines.append([curvature, arm, PHASES[number], *shown, f"{positive:.0%}"])
+    return narrowing_finding(lab, seeds, lines, logs)
 
 
 def as_ratio(logs: Interval) -> str:
@@ -96,25 +99,28 @@ def as_ratio(logs: Interval) -> str:
 
 
 def narrowing_finding(
-    lab: Lab, seeds: int, lines: list[list[str]], ratios: Mapping[tuple[str, str, int], Mapping[str, Interval]]
+    lab: Lab, seeds: Sequence[int], lines: list[list[str]], logs: Mapping[tuple[str, str, int], Mapping[str, list]]
 ) -> Finding:
-    narrower = [name for name in CAPABILITIES if ratios["datainf", "resampled", 2][name].below()]
-    plain = [name for name in CAPABILITIES if ratios["datainf", "plain", 2][name].below()]
-    wider = [name for name in CAPABILITIES if ratios["datainf", "resampled", 2][name].above()]
-    outcome = REPLICATES if len(narrower) == 3 and not plain else PARTLY if narrower and not wider else FAILS
+    resampled, plain = (logs["datainf", arm, 2] for arm in ARMS)
+    ratios = {name: interval(resampled[name]) for name in CAPABILITIES}
+    beyond = ", ".join(f"{name} {as_ratio(interval(resampled[name], plain[name]))}" for name in CAPABILITIES)
+    rejected = statistics.mean(
+        lab.last(f"phases/resampled-{seed}-{number}", "influence/rejected") for seed in seeds for number in (1, 2)
+    )
     said = (
-        f"By DataInf the range narrows (interval below 1) on {' and '.join(narrower) or 'no capability'} and "
-        f"widens on {' and '.join(wider) or 'none'}. Without any resampling, by training alone, it narrows on "
-        f"{' and '.join(plain) or 'none'}."
+        "By DataInf and after both phases the range is, as a multiple of that before, "
+        f"{', '.join(f'{as_ratio(found)} on {name}' for name, found in ratios.items())}. Range with resampling as a "
+        f"multiple of that without, seed by seed: {beyond}. Of all rows {rejected:.1%} were rejected by a phase's end."
     )
     return Finding(
         "Influence narrows over phases (Figure 5)",
         "from phase 1 to phase 2 of mid-training the range of influence scores narrows, as samples are dropped and "
         "the model learns from the rest.",
-        f"{seeds} seeds; two phases of {lab.scale.steps // 2} steps with rejection and reweighing, and two that read "
-        f"all sources alike. The same {lab.scale.rows_scored} rows of each source are scored before and after each "
-        "phase; what is shown is the range from the 5th to the 95th percentile as a multiple of that before.",
-        outcome, said,
+        f"{len(seeds)} seeds; two phases of {lab.scale.steps // 2} steps with rejection and reweighing, twice in each "
+        f"by the influence of {CANDIDATES} rows of each source, and two that read all sources alike. The same "
+        f"{lab.scale.rows_scored} rows of each source are scored before and after each phase; what is shown is the "
+        "range from the 5th to the 95th percentile as a multiple of that before.",
+        judged(*(found.negative() for found in ratios.values())), said,
         [Figures("Range of influence as a multiple of that before mid-training, 95% interval over seeds",
                  ["curvature", "training", "when", *CAPABILITIES, "rows above 0"], lines)],
     )  # fmt: skip
@@ -127,7 +133,8 @@ def rank_me(lab: Lab) -> Finding:
             lab.stage(steps, seed, rate) | lab.new_model() | {"stage": "pretrain"})
         for rate in RATES for seed in seeds
     ]  # fmt: skip
-    settings = {seed: lab.stage(steps, seed, lab.scale.learning_rate / 4) | {"stage": "midtrain"} for seed in seeds}
+    rate_after = lab.scale.learning_rate / 4
+    settings = {seed: lab.stage(steps, seed + NEW_ORDER, rate_after) | {"stage": "midtrain"} for seed in seeds}
     after = [
         Job("midtrain.py", f"rank-me/midtrain-{rate:g}-{seed}",
             settings[seed] | {"model": str(lab.folder / f"rank-me/pretrain-{rate:g}-{seed}/model-pretrain")})
@@ -157,20 +164,19 @@ def rank_me(lab: Lab) -> Finding:
             for seed in seeds
         ]
 
-    by_rank = interval(correlations(ranks))
-    by_nll = interval(correlations({(rate, seed): -nll["pretrain", rate, seed] for rate, seed in cells}))
+    tells = correlations(ranks), correlations({(rate, seed): -nll["pretrain", rate, seed] for rate, seed in cells})
+    by_rank, by_nll, more = interval(tells[0]), interval(tells[1]), interval(*tells)
     rising = interval([rank_correlation(RATES, [ranks[rate, seed] for rate in RATES]) for seed in seeds])
-    parts = rising.above(), by_rank.above(), not by_nll.above()
-    outcome = REPLICATES if all(parts) else PARTLY if by_rank.above() else FAILS
     return Finding(
         "RankMe and the learning rate (Table 11)",
         "higher learning rates give pre-trained models of higher RankMe, which tells how good they are after "
         "mid-training, where their quality before it does not.",
         f"{len(RATES)} learning rates x {len(seeds)} seeds, {steps} steps, and as many of mid-training at one rate. "
-        "Quality is the mean NLL of code, math and knowledge probes, not MMLU, which such models cannot answer.",
-        outcome,
+        "Quality is the mean NLL of code, math and knowledge probes, not MMLU, which such models cannot answer; "
+        "RankMe is that of the code probe's hidden states. Four rates are few points: intervals are over seeds only.",
+        judged(rising, by_rank, more),
         f"Spearman's correlations, mean over seeds: of the learning rate and RankMe {rising}; with the quality after "
-        f"mid-training {by_rank} of RankMe, {by_nll} of the quality before it.",
+        f"mid-training {by_rank} of RankMe, {by_nll} of the quality before it, a difference of {more}.",
         [Figures("Mean over seeds with the 95% interval",
                  ["learning rate", "NLL before", "RankMe", "NLL after mid-training"], lines)],
     )  # fmt: skip
@@ -189,7 +195,7 @@ def fine_tuning(lab: Lab, seed: int, model: str, kinds: Sequence[str], steps: in
     sources = [entry | {"weight": 1 / len(kinds) / len(sets[kind])} for kind in kinds for entry in sets[kind]]
     return without_final_rate(lab.training(steps, seed, lab.scale.learning_rate / 2)) | {
         "stage": "reasoning", "model": model, "model_name": "model", "sources": sources, "max_length": SFT_LENGTH,
-        "probes": {
+        "weigh_by": "tokens", "probes": {
             "gsm8k": [conversations(lab, "gsm8k-test")], "algebra": [conversations(lab, "algebra-test")],
             "general": [{"synthetic": list(TASKS), "split": "probe", "count": 48}],
         },
@@ -228,19 +234,18 @@ def staged_fine_tuning(lab: Lab) -> Finding:
         other: {probe: interval(nll["staged", probe], nll[other, probe]) for probe in probes} for other in SFT_ARMS[:2]
     }
     lines += [[f"staged minus {other}", *map(str, found.values())] for other, found in differences.items()]
-    better = [probe for probe in probes[:2] if differences["joint"][probe].below()]
-    worse = [probe for probe in probes[:2] if differences["joint"][probe].above()]
-    also = [probe for probe in probes[:2] if differences["reasoning only"][probe].below()]
-    outcome = REPLICATES if len(better) == 2 and also else PARTLY if better and not worse else FAILS
+    decisive = {other: {probe: found[probe] for probe in probes[:2]} for other, found in differences.items()}
     return Finding(
         "Staged against joint fine-tuning (Table 2)",
         "general instructions first and reasoning then is better than both together, and than reasoning alone.",
-        f"{len(seeds)} seeds; {steps} steps a stage, the joint arm {2 * steps} on both alike, so that all but "
-        "`reasoning only` read equally much. Reasoning is GSM8K and MATH algebra. The general instructions are "
+        f"{len(seeds)} seeds; {steps} steps a stage, the joint arm {2 * steps} on as many tokens of both, so that all "
+        "but `reasoning only` read equally much. Reasoning is GSM8K and MATH algebra. The general instructions are "
         "conversations made by rules, a stand-in for Tulu. Quality is the NLL of answers that were not trained on: "
         "such small models solve no problem of GSM8K.",
-        outcome,
-        f"Staged has a lower NLL than joint on {' and '.join(better) or 'neither'}, a higher one on "
-        f"{' and '.join(worse) or 'neither'}; lower than reasoning alone on {' and '.join(also) or 'neither'}.",
+        judged(*(found.negative() for of in decisive.values() for found in of.values())),
+        "NLL of staged minus that of another, on the two reasoning probes: " + "; ".join(
+            f"{other} {', '.join(f'{found} on {probe}' for probe, found in of.items())}"
+            for other, of in decisive.items()
+        ) + ".",
         [Figures("NLL of held-out answers, nats a token, 95% interval over seeds", ["arm", *probes], lines)],
     )  # fmt: skip
