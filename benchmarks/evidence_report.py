@@ -76,9 +76,9 @@ def interval(values: Sequence[float], others: Sequence[float] | None = None) -> 
 
 
 def judged(*parts: Interval) -> str:
-    """The outcome of a claim that says of each part that it is above 0."""
+    """The outcome of a claim that says of each part that it is above 0; in part if more are than are below."""
     above, below = (sum(test(part) for part in parts) for test in (Interval.above, Interval.below))
-    if above:
+    if above > below:
         return REPLICATES if above == len(parts) else PARTLY
     return FAILS if below else UNDECIDED
 
