@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from mobilellm_hf.export.quantization import BITS, Quantization
 from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
 
-# The stages of torch.export and of the lowering hold the weights several times over, beside the program's own copy.
-# An upper bound: the 140M took 2.5 GB with a context of 32,768, where these make 4.1.
-MEMORY_PER_BYTE_OF_FP32 = 4.0
+# The stages of torch.export and of the lowering hold the weights several times over, beside the program's own copy;
+# quantized ones at a byte each. Upper bounds: in 8da4w with a context of 32,768 the 140M took 2.6 GB and the 950M 6.7,
+# where these make 3.0 and 10.2.
+MEMORY_PER_BYTE_OF_FP32, MEMORY_QUANTIZED = 4.0, 2.0
 MEMORY_OF_THE_LIBRARIES = 1_500_000_000
 # Graph, names, alignment: 0.15 MB in the file of the 140M.
 SLACK = 2_000_000
@@ -67,7 +68,8 @@ def check_room(
         MemoryError: there are fewer; the message has both numbers.
     """
     parameters = sum(weight.numel() for weight in shape_of(config).parameters())
-    memory = int(parameters * 4 * MEMORY_PER_BYTE_OF_FP32) + MEMORY_OF_THE_LIBRARIES
+    factor = MEMORY_QUANTIZED if quantization.linear.startswith("8da") else MEMORY_PER_BYTE_OF_FP32
+    memory = int(parameters * 4 * factor) + MEMORY_OF_THE_LIBRARIES
     memory += cache_bytes(config, context, cache_dtype)
     if memory > (free := free_memory()):
         raise MemoryError(
