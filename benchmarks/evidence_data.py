@@ -31,6 +31,10 @@ FILES = (
     "gsm8k_train.jsonl", "gsm8k_test.jsonl", "math_test.jsonl", "humaneval.jsonl", "wikitext2_valid.txt",
     "wikitext2_test.txt",
 )  # fmt: skip
+COLUMNS = {
+    "gsm8k_train.jsonl": {"question", "answer"}, "gsm8k_test.jsonl": {"question", "answer"},
+    "math_test.jsonl": {"problem", "solution", "type"}, "humaneval.jsonl": {"prompt", "canonical_solution"},
+}  # fmt: skip
 HELD_OUT = 0.1
 # Characters: of a source, of the longest document, of a probe of text that no source has.
 SOURCE_SIZE, DOCUMENT_SIZE, PROBE_SIZE = 600_000, 4_000, 150_000
@@ -43,12 +47,24 @@ CALCULATION = re.compile(r"<<.*?>>")
 
 def check_folder(folder: Path) -> None:
     """Raises a ValueError that names the files that the folder lacks."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise ValueError(f"{folder} has no {', '.join(missing)}; it should have {', '.join(FILES)}")
 
 
 def records(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """Raises a ValueError that names the file, and the line or the columns that it lacks."""
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines()):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number + 1}: is no JSON") from error
+    needed = COLUMNS[file.name]
+    if not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise ValueError(f"{file} lacks a column: every line is to have {', '.join(sorted(needed))}")
+    return rows
 
 
 def gsm8k(file: Path) -> list[dict[str, str]]:

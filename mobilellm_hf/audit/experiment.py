@@ -78,16 +78,14 @@ def refuse_shared_probes(args: AuditArguments, tokenizer: PreTrainedTokenizerBas
     for name, entries in args.tuning_probes.items():
         streams = [entry for entry in entries if any(given.get("streaming") for given in expand_entry(entry))]
         if still := [entry for entry in entries if entry not in streams]:
-            tuning[name] = load(still)
+            tuning[f"tuning_probes.{name}"] = load(still)
         if streams:
-            tuning[f"{name} (streamed)"] = load(streams, rows_per_source=args.rows_per_probe)
+            tuning[f"tuning_probes.{name}, streamed"] = load(streams, rows_per_source=args.rows_per_probe)
     for field in ("final_probes", "unscored_domains"):
         for name, entries in getattr(args, field).items():
             decisive = load(entries, rows_per_source=args.rows_per_probe)
-            try:
-                refuse_overlap(decisive, tuning, "Take other text: what methods were tuned on decides nothing.")
-            except ValueError as error:
-                raise ValueError(f"{field}.{name} and tuning_probes: {error}") from error
+            remedy = "Take other text: what methods were tuned on decides nothing."
+            refuse_overlap(decisive, tuning, remedy, what=f"{field}.{name}")
 
 
 def make_rows(

@@ -177,10 +177,12 @@ def load_config(name: str) -> MobileLLMConfig:
         raise ValueError(f"model={name} is not a model: it has no config.json")
     if Path(name).is_file():
         raise ValueError(f"model={name} is a file: give the folder that it is in")
+    if Path(name, PROGRAM).is_file():
+        raise ValueError(f"model={name} is an exported program: give the model that it was made of")
     try:
         config = MobileLLMConfig.from_pretrained(name)
     except OSError as error:
-        raise ValueError(f"model={name} is neither a folder nor a model on the Hub: {error}") from error
+        raise ValueError(f"model={name} is no folder here, and could not be had from the Hub: {error}") from error
     rope_type = config.rope_parameters["rope_type"]
     if rope_type in DYNAMIC_ROPE:
         raise ValueError(f"model={name}: rope_type={rope_type!r} cannot be exported, since a graph cannot decide it")

@@ -12,6 +12,7 @@ again, so that the turns of a conversation cost their own tokens only.
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mobilellm_hf.export.program import CONTEXT, METHOD, PIECE, PROGRAM, REPORT, quiet, silent_runtime
+from mobilellm_hf.export.program import CONTEXT, METHOD, PIECE, PROGRAM, REPORT, VOCABULARY, quiet, silent_runtime
 from mobilellm_hf.export.requirements import need_executorch
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -70,13 +71,14 @@ class OnDeviceModel:
 
     Args:
         path: a .pte, or a folder with one.
-        tokenizer: by default the one beside the .pte.
+        tokenizer: by default the one beside the .pte; or the folder of one.
         threads: of ExecuTorch's pool, which all models of the process share; None leaves it. Attention over an fp32
             cache multiplies by PyTorch's BLAS, which has threads of OpenMP's besides, in each of the pool's:
             OMP_NUM_THREADS=1 leaves the cores to the pool. A bfloat16 cache needs no BLAS.
 
     Attributes:
         context: positions of the KV cache.
+        vocabulary: how many tokens there are; None if the program does not say.
         prefill: tokens of one call at most.
         eos_token_ids: what ends an answer.
 
@@ -86,7 +88,12 @@ class OnDeviceModel:
         ImportError: ExecuTorch is missing; the message says how to install it.
     """
 
-    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, threads: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+        threads: int | None = None,
+    ):
         need_executorch()
         self.path = _find_program(Path(path))
         self._module = _load(self.path, threads)
@@ -94,17 +101,21 @@ class OnDeviceModel:
         self.prefill = self._module.run_method(PIECE)[0]
         self.context = self._module.run_method(CONTEXT)[0] if CONTEXT in methods else self.prefill
         self.eos_token_ids = frozenset(self._module.run_method("get_eos_ids") if "get_eos_ids" in methods else ())
-        self.tokenizer = tokenizer or _tokenizer_beside(self.path)
+        self.vocabulary = self._module.run_method(VOCABULARY)[0] if VOCABULARY in methods else None
+        self.tokenizer = tokenizer
+        if tokenizer is None or isinstance(tokenizer, str | Path):
+            self.tokenizer = _load_tokenizer(tokenizer or self.path.parent)
         self._cached: list[int] = []  # tokens whose keys and values the cache holds
 
     def logits(self, token_ids: Sequence[int], start: int = 0) -> torch.Tensor:
         """Logits (vocabulary,) after tokens that stand at position `start`; those before them are in the cache.
 
         Raises:
-            ValueError: there are no tokens, or the cache has no room for them.
+            ValueError: there are no tokens, one is outside the vocabulary, or the cache has no room for them.
         """
         if not len(token_ids):
             raise ValueError("there are no tokens to compute logits of")
+        self._check_vocabulary(token_ids)
         if start < 0 or start > len(self._cached) or start + len(token_ids) > self.context:
             raise ValueError(
                 f"positions {start} to {start + len(token_ids)} must begin within the {len(self._cached)} that are "
@@ -117,6 +128,13 @@ class OnDeviceModel:
             output = self._module.run_method(METHOD, (piece, positions))[0]
             self._cached += piece[0].tolist()
         return output[0, -1]
+
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        """The runtime would read whatever lies beside the embedding."""
+        size = self.vocabulary
+        if size is not None and (min(token_ids) < 0 or max(token_ids) >= size):
+            wrong = next(token for token in token_ids if not 0 <= token < size)
+            raise ValueError(f"token {wrong:,} is outside the vocabulary of {size:,}: is the tokenizer this model's?")
 
     def logits_after(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits (vocabulary,) after a text from its first token on; what the cache holds of it is not computed again.
@@ -140,7 +158,7 @@ class OnDeviceModel:
         """Tokens of a text, of messages in the chat template, or as they are.
 
         Raises:
-            ValueError: messages, and the tokenizer has no chat template.
+            ValueError: messages, and the tokenizer has no chat template; or it is none of these.
         """
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
@@ -149,7 +167,12 @@ class OnDeviceModel:
                 raise ValueError(f"the tokenizer of {self.path} has no chat template: give the prompt as a text")
             text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [int(token) for token in prompt]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise ValueError(
+                "a prompt is a text, a list of token ids, or a list of messages of role and content"
+            ) from error
 
     def stream(
         self,
@@ -271,11 +294,11 @@ def _find_program(path: Path) -> Path:
     return path
 
 
-def _tokenizer_beside(path: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(path.parent)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path.parent} has no tokenizer that loads: give one (tokenizer=)") from error
+        raise ValueError(f"{path} has no tokenizer that loads: give one (tokenizer=)") from error
 
 
 def _load(path: Path, threads: int | None):

@@ -25,6 +25,7 @@ from mobilellm_hf.modeling import MobileLLMConfig
 PROGRAM, REPORT = "model.pte", "export.json"  # of an exported folder
 METHOD = "forward"
 PIECE, CONTEXT = "get_max_seq_len", "get_max_context_len"  # tokens of one call, positions of the cache
+VOCABULARY = "get_vocab_size"
 # Of torch.export's scalar types, as ExecuTorch's runners count them.
 SCALAR_TYPE_FLOAT = 6
 
@@ -41,7 +42,7 @@ def metadata(
     values = {
         "get_bos_id": config.bos_token_id,
         "get_eos_ids": [eos] if isinstance(eos, int) else eos,
-        "get_vocab_size": config.vocab_size,
+        VOCABULARY: config.vocab_size,
         "get_max_batch_size": 1,
         PIECE: prefill,
         CONTEXT: context,

@@ -158,7 +158,7 @@ def _overlapping(name: str, rows: Dataset, probes: Mapping[str, Dataset], overla
     """The rows of a source that are to be left away."""
     if overlap == "error":
         try:
-            refuse_overlap(rows, probes, "Name other splits or sources, or set overlap: drop.")
+            refuse_overlap(rows, probes, "Name other splits or sources, or set overlap: drop.", what="the source")
         except ValueError as error:
             raise ValueError(f"sources: {name}: {error}") from error
     return find_overlap(rows, probes) if overlap == "drop" else ()

@@ -44,12 +44,14 @@ def _share_in(spans: np.ndarray, known: np.ndarray) -> float:
     return float((known[places] == spans).mean())
 
 
-def refuse_overlap(dataset: Dataset, probes: Mapping[str, Dataset], remedy: str) -> None:
-    """Raises a ValueError that names the first rows that `find_overlap` finds, and the remedy."""
+def refuse_overlap(
+    dataset: Dataset, probes: Mapping[str, Dataset], remedy: str, *, what: str = "the scored data"
+) -> None:
+    """Raises a ValueError that says what the dataset is, the first rows that `find_overlap` finds, and the remedy."""
     if found := find_overlap(dataset, probes):
         first = [f"row {row} with probe {name!r} ({share:.0%})" for row, (name, share) in list(found.items())[:5]]
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ValueError(f"the scored data shares documents with the probes: {', '.join(first)}{more}. {remedy}")
+        raise ValueError(f"{what} shares documents with the probes: {', '.join(first)}{more}. {remedy}")
 
 
 def _rows(dataset: Dataset, column: str = "input_ids", dtype: type = np.uint64) -> Iterator[np.ndarray]:

@@ -161,7 +161,9 @@ class InfluenceResamplingCallback(MixtureCallback):
             raise ValueError(f"every={self.every} makes more than {MAX_CHANGES} rounds in {state.max_steps} steps")
         if not self.allow_overlap and state.global_step == 0:
             remedy = "Take them out of the mixture or the probes, or set allow_overlap to True."
-            refuse_overlap(self.mixture.select(np.arange(self.mixture.num_rows)), self.probes, remedy)
+            refuse_overlap(
+                self.mixture.select(np.arange(self.mixture.num_rows)), self.probes, remedy, what="the mixture"
+            )
         if self.every is not None and self.every + self.delay_steps >= state.max_steps:
             raise ValueError(
                 f"every={self.every} and delay_steps={self.delay_steps} leave no round in {state.max_steps} steps"

@@ -286,7 +286,25 @@ def test_a_folder_without_a_tokenizer_takes_one(exact, tmp_path):
             (tmp_path / file).write_bytes((exact / file).read_bytes())
         with pytest.raises(ValueError, match=r"has no tokenizer that loads: give one \(tokenizer=\)"):
             OnDeviceModel(tmp_path)
-    assert OnDeviceModel(tmp_path, tokenizer()).encode("How?") == OnDeviceModel(exact).encode("How?")
+    expected = OnDeviceModel(exact).encode("How?")
+    assert OnDeviceModel(tmp_path, tokenizer()).encode("How?") == expected
+    assert OnDeviceModel(tmp_path, exact).encode("How?") == expected
+
+
+def test_only_tokens_of_the_vocabulary_reach_the_runtime(exact):
+    device = OnDeviceModel(exact)
+    assert device.generate([device.vocabulary - 1], max_new_tokens=1).token_ids
+    for token in (-1, device.vocabulary, 10**9):
+        with pytest.raises(ValueError, match=f"token {token:,} is outside the vocabulary of {device.vocabulary:,}"):
+            device.generate([5, token], max_new_tokens=1)
+
+
+def test_what_is_no_prompt_is_refused(exact):
+    device = OnDeviceModel(exact)
+    for prompt in (device.tokenizer("How?"), device.tokenizer("How?", return_tensors="pt")["input_ids"], [1.5]):
+        with pytest.raises(ValueError, match="a prompt is a text, a list of token ids, or a list of messages"):
+            device.encode(prompt)
+    assert device.encode(torch.tensor([5, 6])) == [5, 6]
 
 
 def test_a_folder_without_a_program_says_so(model_folder):

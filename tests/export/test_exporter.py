@@ -35,8 +35,12 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is not a model: it has no config.json"):
         export(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match="is neither a folder nor a model on the Hub"):
+    with pytest.raises(ValueError, match="is no folder here, and could not be had from the Hub"):
         export("no-one/has-this", tmp_path / "out")
+    for name in ("config.json", "model.pte"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(ValueError, match="is an exported program: give the model that it was made of"):
+        export(tmp_path / "empty", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

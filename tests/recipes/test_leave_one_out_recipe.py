@@ -189,7 +189,7 @@ def test_of_a_stream_what_a_model_reads_is_kept_and_no_second_pass(project, tmp_
 def test_rows_of_a_probe_are_refused_or_dropped(project, tmp_path):
     probe = {"name": f"{project}/probes/math.jsonl"}
     texts = [{"name": f"{project}/texts/noise.jsonl"}, {"name": f"{project}/texts/code.jsonl"}]
-    with pytest.raises(ValueError, match="sources: math: the scored data shares documents .*'math'"):
+    with pytest.raises(ValueError, match="sources: math: the source shares documents .*'math'"):
         prepare(project, tmp_path / "out", [probe, *texts], draws=8, overlap="error")
     with pytest.raises(ValueError, match="sources: there is only noise"):
         prepare(project, tmp_path / "out", texts[:1], draws=8)
@@ -204,7 +204,7 @@ def test_of_a_stream_rows_of_a_probe_are_refused_or_replaced_by_later_ones(proje
     probes = {"noise": [{"name": f"{tmp_path}/probe.jsonl"}]}
     (tmp_path / "probe.jsonl").write_text("\n".join(noise[:5]))
     streams = [{"name": f"{tmp_path}/{name}.jsonl", "streaming": True} for name in ("noise", "math")]
-    with pytest.raises(ValueError, match="sources: noise: the scored data shares documents .*'noise'"):
+    with pytest.raises(ValueError, match="sources: noise: the source shares documents .*'noise'"):
         prepare(project, tmp_path / "out", streams, draws=8, probes=probes, overlap="error")
     sources, _ = prepare(project, tmp_path / "out", streams, draws=8, probes=probes, overlap="drop")
     needed = 8 + 64 + 1
