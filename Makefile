@@ -2,7 +2,7 @@
 #                   to its program for a phone (CPU)
 # make test         environment, then the tests
 # make lint         ruff
-# make benchmark    every benchmark in turn; that of the paper's claims with DATA=FOLDER, as benchmarks/evidence.py says
+# make benchmark    the main benchmarks in turn; that of the paper's claims with DATA=FOLDER, as benchmarks/evidence.py says
 #
 # PYTHON chooses the interpreter of the environment (3.10 or newer), VENV its folder, OUTPUT the quickstart's, and
 # OMP_NUM_THREADS its threads.
