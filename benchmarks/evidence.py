@@ -16,6 +16,7 @@ import hashlib
 from datetime import date
 from pathlib import Path
 
+import torch
 import yaml
 from common import machine
 from evidence_data import FILES, build_data, check_folder
@@ -41,8 +42,9 @@ Here the same comparisons are made on models of {parameters}, which read {tokens
 hold at the paper's; what does is at least no accident of one run; *undecided* is what the intervals leave open.
 Everything is reported as it fell.
 
-{date}, {machine}. To repeat it: `python benchmarks/evidence.py --data DATA --folder runs/evidence`, with GSM8K, MATH,
-HumanEval and WikiText-2 in DATA, as `--help` says."""
+{date}, {processes} processes, each on one thread of {machine}.
+To repeat it: `python benchmarks/evidence.py --data DATA --folder runs/evidence`, with GSM8K, MATH, HumanEval and
+WikiText-2 in DATA, as `--help` says."""
 
 
 def positive(text: str) -> int:
@@ -120,7 +122,8 @@ def main() -> None:
     if args.page:
         head = HEAD.format(
             parameters=f"{parameters(lab):,} parameters", tokens=args.steps * 1024,
-            audited=args.audit_steps * 1024, date=date.today().isoformat(), machine=machine(),
+            audited=args.audit_steps * 1024, date=date.today().isoformat(), processes=args.processes,
+            machine=machine().replace(f", {torch.get_num_threads()} threads", ""),
         )  # fmt: skip
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(page(findings, head, args.page.parent))

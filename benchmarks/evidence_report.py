@@ -1,5 +1,6 @@
 """What evidence.py found of a claim, as tables on the terminal and as a page of Markdown."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def page(findings: Sequence[Finding], head: str, folder: Path) -> str:
     for finding in findings:
         parts += ["", f"## {finding.name}: {finding.outcome}"]
         said = {"The paper: ": finding.claim, "Here: ": finding.design, "": finding.said}
-        parts += [line for start, text in said.items() if text for line in ("", start + text)]
+        parts += [line for start, text in said.items() if text for line in ("", textwrap.fill(start + text, 120))]
         for figures in finding.figures:
             parts += ["", f"{figures.title}:", "", "| " + " | ".join(figures.columns) + " |"]
             parts += ["|---" * len(figures.columns) + "|"]
