@@ -252,7 +252,7 @@ def rejection(lab: Lab) -> Finding:
     lab.run_together(Job("audit.py", "rejection", settings))
     found = {}
     for file in sorted((lab.folder / "rejection").glob("rejection*/results.json")):
-        found["distilled" if "-by-" in file.parent.name else "cross-entropy"] = json.loads(file.read_text())
+        found["distillation" if "-by-" in file.parent.name else "cross-entropy"] = json.loads(file.read_text())
     outcomes = {outcome_against(results, "random_rows") for results in found.values()}
     return Finding(
         "Rejection, plain and distilled (Figure 6)",

@@ -107,7 +107,12 @@ def page(findings: Sequence[Finding], head: str, folder: Path) -> str:
     for finding in findings:
         parts += ["", f"## {finding.name}: {finding.outcome}"]
         said = {"The paper: ": finding.claim, "Here: ": finding.design, "": finding.said}
-        parts += [line for start, text in said.items() if text for line in ("", textwrap.fill(start + text, 120))]
+        parts += [
+            line
+            for start, text in said.items()
+            if text
+            for line in ("", textwrap.fill(start + text, 120, break_on_hyphens=False))
+        ]
         for figures in finding.figures:
             parts += ["", f"{figures.title}:", "", "| " + " | ".join(figures.columns) + " |"]
             parts += ["|---" * len(figures.columns) + "|"]
