@@ -1,6 +1,6 @@
 """The paper's claims on data and training, at a small scale on real text, each with intervals and as it falls.
 
-    python benchmarks/evidence.py --data data --folder runs/evidence            # an hour on two cores
+    python benchmarks/evidence.py --data data --folder runs/evidence            # some two hours on two cores
     python benchmarks/evidence.py --data data --folder runs/evidence --only figure3 figure4 agreement
     python benchmarks/evidence.py --data data --folder runs/evidence --page docs/evidence/README.md
 

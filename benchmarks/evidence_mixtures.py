@@ -183,19 +183,17 @@ def agreement(lab: Lab) -> Finding:
         deltas[row["source"], row["capability"]].append(row["delta"])
     means = [[float(np.mean(deltas[source, name])) for source in SOURCES] for name in CAPABILITIES]
     found = [place for values in means for place in places(values)]
-    correlations = {
-        "influence": (float(np.corrcoef(predicted, found)[0, 1]), shuffles(predicted, own, within_own=False)),
-        "influence, given that": (partial_rank_correlation(predicted, found, own), shuffles(predicted, own, True)),
-    }
-    lines, p_values = [], []
-    for (name, (value, others)), given in zip(correlations.items(), (False, True), strict=True):
-        chance = [partial_rank_correlation(other, found, own) if given else float(np.corrcoef(other, found)[0, 1])
-                  for other in others]  # fmt: skip
-        p_values.append((1 + sum(abs(one) >= abs(value) - 1e-12 for one in chance)) / (1 + len(chance)))
-        lines.append([name, f"{value:+.3f}", f"{p_values[-1]:.3f}"])
-    lines.append(["whether the source is of the capability", f"{float(np.corrcoef(own, found)[0, 1]):+.3f}", ""])
-    shown = [p < 0.05 and value > 0 for p, (value, _) in zip(p_values, correlations.values(), strict=True)]
-    outcome = REPLICATES if shown[1] else PARTLY if shown[0] else UNDECIDED
+    lines, shown = [], {}
+    for name, within_own in (("influence", False), ("influence, given that", True)):
+        value, *chance = (
+            partial_rank_correlation(order, found, own) if within_own else correlation(order, found)
+            for order in (predicted, *shuffles(predicted, own, within_own))
+        )
+        p_value = (1 + sum(abs(one) >= abs(value) - 1e-12 for one in chance)) / (1 + len(chance))
+        lines.append([name, f"{value:+.3f}", f"{p_value:.3f}"])
+        shown[name] = p_value < 0.05 and value > 0
+    lines.append(["whether the source is of the capability", f"{correlation(own, found):+.3f}", ""])
+    outcome = REPLICATES if shown["influence, given that"] else PARTLY if shown["influence"] else UNDECIDED
     return Finding(
         "Influence predicts leave-one-out (Figures 3 and 4 together)",
         "influence stands for what a source does to a capability, which leave-one-out measures by training.",
@@ -211,10 +209,14 @@ def agreement(lab: Lab) -> Finding:
     )  # fmt: skip
 
 
+def correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    return float(np.corrcoef(first, second)[0, 1])
+
+
 def shuffles(predicted: Sequence[int], own: Sequence[float], within_own: bool) -> Iterator[np.ndarray]:
     """The prediction with its values dealt anew among the cells of a capability, or of a capability and of `own`."""
-    generator, places = np.random.default_rng(0), np.arange(len(predicted))
-    group = places // len(SOURCES) * 2 + (np.asarray(own, dtype=int) if within_own else 0)
+    generator, cells = np.random.default_rng(0), np.arange(len(predicted))
+    group = cells // len(SOURCES) * 2 + (np.asarray(own, dtype=int) if within_own else 0)
     for _ in range(SHUFFLES):
         values = np.array(predicted)
         for number in np.unique(group):
