@@ -29,7 +29,7 @@ RUNTIME = (
 class Program:
     """A .pte of `recipes/export.py`."""
 
-    needs: tuple[str, ...] = ("mobilellm_hf.export", *RUNTIME)  # imported before loading is timed
+    needs: tuple[str, ...] = ("mobilellm_hf.export",)  # imported before loading is timed
 
     def __init__(self, path: str, threads: int, context: int):
         from mobilellm_hf.export import OnDeviceModel

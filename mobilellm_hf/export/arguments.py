@@ -21,7 +21,9 @@ class ExportArguments:
     group_size: int | None = option("inputs that share a scale in 8da4w; by default 128 where it divides, else 32")
     group_fall_back: bool = option("a Linear that the group does not divide gets 8 bits and a scale a row", False)
     embedding: str | None = option(f"{', '.join(EMBEDDINGS)}; by default 4w beside quantized layers, else none")
-    embedding_group_size: int = option("columns of the embedding that share a scale; 0: a row", 0)
+    embedding_group_size: int | None = option(
+        "columns of the embedding that share a scale, 0: a row; by default it is one table with the head it is tied to"
+    )
     kv_cache: str = option(f"dtype of keys and values: {' or '.join(CACHE_DTYPES)}", "bfloat16")
 
     def check(self) -> None:

@@ -15,7 +15,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mobilellm_hf.export.layers import DeviceLayer, DeviceNorm, KVCache
+from mobilellm_hf.export.layers import (
+    DeviceLayer,
+    DeviceNorm,
+    KVCache,
+    for_swapped_inputs,
+    is_one_table,
+    swap_neighbours,
+)
 from mobilellm_hf.export.requirements import need_executorch
 from mobilellm_hf.modeling import MobileLLMForCausalLM
 
@@ -53,6 +60,10 @@ class OnDeviceGraph(nn.Module):
         self.embed_tokens, self.rotary_emb, self.lm_head = decoder.embed_tokens, decoder.rotary_emb, model.lm_head
         self.layers = nn.ModuleList(DeviceLayer(layer, config) for layer in decoder.layers)
         weight = decoder.norm.weight
+        # The bytes that the embedding reads rightly, the head reads in another order.
+        self.head_swaps = is_one_table(self.embed_tokens.weight, self.lm_head.weight)
+        if self.head_swaps:
+            self.lm_head, weight = for_swapped_inputs(self.lm_head), swap_neighbours(weight)
         self.norm = DeviceNorm(config.hidden_size, config.rms_norm_eps, weight, weight.dtype)
         self.caches = nn.ModuleList(
             KVCache(config.num_key_value_heads, context, config.head_dim, cache_dtype)
@@ -68,7 +79,8 @@ class OnDeviceGraph(nn.Module):
         for depth, cache in enumerate(self.caches):
             layer = self.layers[depth // self.config.layer_repeats]
             hidden_states = layer(hidden_states, cos, sin, start, cache)
-        return self.lm_head(self.norm(hidden_states[:, -1:])).float()
+        last = hidden_states[:, -1:]
+        return self.lm_head(self.norm(swap_neighbours(last) if self.head_swaps else last)).float()
 
     @torch.no_grad()
     def export(self) -> dict[str, torch.export.ExportedProgram]:

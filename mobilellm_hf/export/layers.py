@@ -108,6 +108,33 @@ def row_order(config: MobileLLMConfig) -> torch.Tensor:
     return rotated.flatten()
 
 
+def swap_neighbours(values: torch.Tensor) -> torch.Tensor:
+    """The last dimension's 0, 1, 2, 3, ... as 1, 0, 3, 2, ..."""
+    return values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def for_swapped_inputs(linear: nn.Linear) -> nn.Linear:
+    """The same function of inputs whose neighbours have changed places; quantized, in groups of an even size."""
+    weight = linear.weight
+    fields = {name: getattr(weight, name) for name in (*weight.tensor_data_names, *weight.tensor_attribute_names)}
+    swapped = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    fields["qdata"] = swap_neighbours(weight.qdata)
+    swapped.weight = nn.Parameter(type(weight)(**fields), requires_grad=False)
+    return swapped
+
+
+def is_one_table(embedding: torch.Tensor, head: torch.Tensor) -> bool:
+    """Whether two weights are the same 4-bit integers, two of which share a byte.
+
+    ExecuTorch's embedding has the first of the two in the upper half of the byte, XNNPACK in the lower one.
+    """
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    if not all(isinstance(weight, IntxUnpackedToInt8Tensor) for weight in (embedding, head)):
+        return False
+    return head.target_dtype == torch.int4 and embedding.qdata.data_ptr() == head.qdata.data_ptr()
+
+
 def join(linears: tuple[nn.Linear, ...], order: torch.Tensor) -> nn.Linear:
     """One Linear whose outputs are those of all, quantized like them, its rows in another order."""
     from torchao.quantization import IntxUnpackedToInt8Tensor

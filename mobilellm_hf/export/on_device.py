@@ -11,7 +11,6 @@ again, so that the turns of a conversation cost their own tokens only.
 
 from __future__ import annotations
 
-import json
 import operator
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -29,12 +28,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mobilellm_hf.export.program import CONTEXT, METHOD, PIECE, PROGRAM, REPORT, VOCABULARY, quiet, silent_runtime
+from mobilellm_hf.export.program import CONTEXT, METHOD, PIECE, PROGRAM, VOCABULARY
 from mobilellm_hf.export.requirements import need_executorch
+from mobilellm_hf.export.runtime import load_module
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-# Bytes 4 to 8 of a program; the digits count incompatible changes of the format.
-FILE_IDENTIFIER = b"ET"
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class OnDeviceModel:
     ):
         need_executorch()
         self.path = _find_program(Path(path))
-        self._module = _load(self.path, threads)
+        self._module = load_module(self.path, threads)
         methods = self._module.method_names()
         self.prefill = self._module.run_method(PIECE)[0]
         self.context = self._module.run_method(CONTEXT)[0] if CONTEXT in methods else self.prefill
@@ -299,39 +297,3 @@ def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} has no tokenizer that loads: give one (tokenizer=)") from error
-
-
-def _load(path: Path, threads: int | None):
-    """The program in ExecuTorch's runtime, with the kernels of the llama and the quantized operators."""
-    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-    from executorch.extension.pybindings import portable_lib
-    from executorch.kernels import quantized  # noqa: F401
-
-    with open(path, "rb") as file:
-        head = file.read(8)
-    if head[4:6] != FILE_IDENTIFIER:
-        raise ValueError(f"{path} is not an ExecuTorch program")
-    try:
-        with quiet(), silent_runtime():
-            portable_lib._threadpool_get_thread_count()  # which makes the pool, and tells of it
-            if threads is not None:  # before the delegates take hold of the pool
-                portable_lib._unsafe_reset_threadpool(threads)
-            module = portable_lib._load_for_executorch(str(path))
-            if missing := {METHOD, PIECE} - set(module.method_names()):
-                raise ValueError(f"{path} is not a language model with a KV cache: it has no {' or '.join(missing)}")
-            # The runtime looks for operators and delegates at the first token only.
-            module.run_method(METHOD, (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long)))
-        return module
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not load ({error}){_versions(path)}: export it again") from error
-
-
-def _versions(path: Path) -> str:
-    """What it was written with and what is here, if its folder tells."""
-    import importlib.metadata
-
-    try:
-        written = json.loads((path.parent / REPORT).read_text())["versions"]["executorch"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    return f"; it was written with executorch {written}, and {importlib.metadata.version('executorch')} is installed"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilellm_hf.export.graph import OnDeviceGraph
+from mobilellm_hf.export.store_once import store_once
 from mobilellm_hf.modeling import MobileLLMConfig
 
 PROGRAM, REPORT = "model.pte", "export.json"  # of an exported folder
@@ -89,6 +90,7 @@ def is_exported(name: str | Path) -> bool:
 def write_program(program, path: Path) -> None:
     with open(path, "wb") as file:
         program.write_to_file(file)
+    store_once(path)
 
 
 @contextmanager

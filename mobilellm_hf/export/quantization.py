@@ -7,11 +7,14 @@
 a scale a token, chosen as the model runs. A Linear that the group does not divide is an error, or falls back to 8
 bits with a scale a row when that is asked for; torchao on its own would leave it in fp32 without a word. Scales are
 rounded to bfloat16 at once, since XNNPACK stores them so: the model in eager is then the model on the device.
+
+An embedding that is tied to the head stays one table with it, integers and scales, wherever both have as many bits: so
+the file stores it once. Otherwise each gets scales of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -26,6 +29,8 @@ GROUP_STEP = 32
 # Appendix C: 128, but 32 for the 140M, whose width of 576 is no multiple of 128.
 PAPER_GROUPS = (128, 32)
 BITS = {"8da4w": 4, "8da8w": 8, "4w": 4, "8w": 8}
+# The embedding that has the bits of such a head; in bf16 the head is stored transposed.
+SAME_AS = {"none": "none", "8da8w": "8w", "8da4w": "4w"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Quantization:
         group_size: inputs that share a scale in `8da4w`; None in the others.
         embedding: `none`, `4w` or `8w`.
         embedding_group_size: columns of the embedding that share a scale; 0: a whole row.
+        one_table: the embedding is tied to the head and quantized like it: its values are the head's.
         fall_back: a Linear that the group does not divide becomes `8da8w`.
     """
 
@@ -45,6 +51,7 @@ class Quantization:
     embedding: str = "4w"
     embedding_group_size: int = 0
     fall_back: bool = False
+    one_table: bool = False
 
     @classmethod
     def for_config(
@@ -54,10 +61,11 @@ class Quantization:
         *,
         group_size: int | None = None,
         embedding: str | None = None,
-        embedding_group_size: int = 0,
+        embedding_group_size: int | None = None,
         fall_back: bool = False,
     ) -> Quantization:
-        """The paper's group size for this model, and a 4-bit embedding beside quantized layers, where none are given.
+        """What is not given: the paper's group size for this model, a 4-bit embedding beside quantized layers, and
+        for the embedding the scales of the head that it is tied to, else one a row.
 
         Raises:
             ValueError: a name is unknown, or a size does not fit the model; the message names the field.
@@ -74,9 +82,19 @@ class Quantization:
             widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
             fitting = [size for size in PAPER_GROUPS if all(width % size == 0 for width in widths)]
             group_size = fitting[0] if fitting else PAPER_GROUPS[-1]
-        made = cls(linear, group_size, embedding, embedding_group_size, fall_back)
+        made = cls(linear, group_size, embedding, embedding_group_size or 0, fall_back)
         made._check(config)
-        return made
+        return made._as_one_table(config, embedding_group_size)
+
+    def _as_one_table(self, config: PreTrainedConfig, asked: int | None) -> Quantization:
+        """With the embedding as a part of the head, if it can be and no other group size is asked for."""
+        of_head = self.group_size or 0
+        head_has_groups = config.hidden_size % (self.group_size or 1) == 0  # else it falls back to a scale a row
+        if not config.tie_word_embeddings or not head_has_groups:
+            return self
+        if self.embedding != SAME_AS.get(self.linear) or asked not in (None, of_head):
+            return self
+        return replace(self, embedding_group_size=of_head, one_table=True)
 
     def _check(self, config: PreTrainedConfig) -> None:
         if self.group_size is not None and (self.group_size < 1 or self.group_size % GROUP_STEP):
@@ -130,12 +148,20 @@ class Quantization:
             if isinstance(module, (nn.Linear, nn.Embedding))
         }
         model.to(self.dtype).requires_grad_(False)
+        embedding = model.get_input_embeddings()
+        of_head = {embedding} if self.one_table and self.embedding != "none" else set()
         for scheme in sorted({entry for entry in wanted.values() if entry[0] in BITS}):
-            quantize_(model, _torchao_config(*scheme), lambda _, name, scheme=scheme: wanted.get(name) == scheme)
+            quantize_(
+                model,
+                _torchao_config(*scheme),
+                lambda module, name, scheme=scheme: wanted.get(name) == scheme and module not in of_head,
+            )
         for name, (scheme, _) in wanted.items():
             if scheme == "8da4w":
                 weight = model.get_submodule(name).weight
                 weight.scale = weight.scale.bfloat16().float()
+        if of_head:
+            embedding.weight = nn.Parameter(_without_activations(model.lm_head.weight), requires_grad=False)
         found = {name: read_back(model.get_submodule(name).weight) for name in wanted}
         for name, (scheme, group_size) in wanted.items():
             if (found[name].scheme, found[name].group_size) != (scheme, group_size):
@@ -161,6 +187,12 @@ def read_back(weight: torch.Tensor) -> QuantizedLayer:
     bits = str(weight.target_dtype).removeprefix("torch.int")
     prefix = "8da" if weight.activation_quantization else ""
     return QuantizedLayer(f"{prefix}{bits}w", weight.block_size[-1], tuple(weight.shape))
+
+
+def _without_activations(weight: torch.Tensor) -> torch.Tensor:
+    """The same integers and scales, not copies of them, for an Embedding, whose inputs are no activations."""
+    fields = {name: getattr(weight, name) for name in (*weight.tensor_data_names, *weight.tensor_attribute_names)}
+    return type(weight)(**fields | {"activation_quantization": None})
 
 
 def _torchao_config(scheme: str, group_size: int):

@@ -29,7 +29,8 @@ PARTS = {"embed_tokens": "embedding", "lm_head": "head", "self_attn": "attention
 def stored_bytes(model: PreTrainedModel, quantization: Quantization) -> dict[str, int]:
     """Bytes of every part as it will be stored; the model may be on the meta device.
 
-    A tied head is stored a second time: the embedding is read by rows, the head by XNNPACK's kernels.
+    Of an embedding that is one table with the head nothing is stored besides, or, in groups, its scales: XNNPACK's are
+    in bfloat16.
     """
     sizes = dict.fromkeys([*PARTS.values(), "norms"], 0)
     for name, module in model.named_modules():
@@ -44,6 +45,9 @@ def stored_bytes(model: PreTrainedModel, quantization: Quantization) -> dict[str
             sizes[part] += weight.numel() * BITS[scheme] // 8 + scales * scale_bytes
         else:
             sizes[part] += weight.numel() * quantization.dtype.itemsize
+        if part == "embedding" and quantization.one_table:
+            groups = weight.numel() // group_size if quantization.linear == "8da4w" else 0
+            sizes[part] = groups * ROW_SCALE_BYTES
     return sizes
 
 

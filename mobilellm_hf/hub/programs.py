@@ -15,8 +15,8 @@ from typing import Any
 from rich.filesize import decimal
 
 from mobilellm_hf.curation.scoring import model_identity
-from mobilellm_hf.export.on_device import FILE_IDENTIFIER
 from mobilellm_hf.export.program import PROGRAM, REPORT
+from mobilellm_hf.export.runtime import FILE_IDENTIFIER
 from mobilellm_hf.hub.files import CONFIG, CONFIGS, TOKENIZER, ReleaseFile, read_json
 from mobilellm_hf.hub.sources import public_settings
 
@@ -96,7 +96,7 @@ class Program:
     @cached_property
     def unties(self) -> bool:
         """Whether it holds a matrix for the embedding and another one for the head, whatever the model has."""
-        return bool(self.report["bytes"].get("embedding") and self.report["bytes"].get("head"))
+        return not self.report["quantization"].get("one_table", False)
 
     @cached_property
     def facts(self) -> dict[str, Any]:

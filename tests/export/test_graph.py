@@ -68,6 +68,19 @@ def test_joined_layers_compute_what_the_layers_did(linear):
     assert torch.allclose(join(parts, order)(inputs), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("group", [None, 0], ids=["one table", "two tables"])
+def test_the_quantized_graph_gives_the_quantized_models_logits(group):
+    model = tiny_model()
+    Quantization.for_config("8da4w", model.config, embedding_group_size=group).apply(model)
+    tokens = random_tokens(16)
+    expected = eager_logits(model, tokens)[-1]
+    graph = OnDeviceGraph(copy.deepcopy(model), CONTEXT, 16, torch.float32)
+    assert graph.head_swaps == (group is None)
+    found = run(graph, tokens, [16])[0]
+    # Where a sum is rounded otherwise, an activation may be rounded to the next of its 8 bits
+    assert (found - expected).square().mean() < 1e-3 * expected.var()
+
+
 def test_every_row_is_in_the_joined_matrix_once():
     order = row_order(tiny_config())
     assert torch.equal(order.sort().values, torch.arange(192))

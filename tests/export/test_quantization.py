@@ -35,11 +35,36 @@ def test_weights_are_within_half_a_step_of_what_they_were(linear):
         assert error.abs().mean() < 0.3 * weight.scale.abs().mean(), name
 
 
-def test_a_tied_head_and_the_embedding_part_ways():
-    model = tiny_model()
-    layers = Quantization.for_config("8da4w", model.config).apply(model)
-    assert (layers["lm_head"].scheme, layers["lm_head"].group_size) == ("8da4w", 32)
-    assert (layers["model.embed_tokens"].scheme, layers["model.embed_tokens"].group_size) == ("4w", 64)
+@pytest.mark.parametrize(
+    ("linear", "options", "fields", "shared"),
+    [
+        ("8da4w", {}, {}, True),
+        ("8da4w", {"group_size": 64, "fall_back": True}, {}, True),
+        ("8da4w", {"embedding_group_size": 32}, {}, True),
+        ("8da4w", {"embedding_group_size": 0}, {}, False),
+        ("8da4w", {"embedding": "8w"}, {}, False),
+        ("8da4w", {"group_size": 128, "fall_back": True}, {}, False),  # the head falls back to 8 bits
+        ("8da4w", {}, {"tie_word_embeddings": False}, False),
+        ("8da8w", {"embedding": "8w"}, {}, True),
+        ("8da8w", {}, {}, False),
+    ],
+)
+def test_a_tied_embedding_is_one_table_with_a_head_of_as_many_bits(linear, options, fields, shared):
+    model = tiny_model(**fields)
+    quantization = Quantization.for_config(linear, model.config, **options)
+    layers = quantization.apply(model)
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert quantization.one_table == shared == (embedding.qdata.data_ptr() == head.qdata.data_ptr())
+    assert embedding.activation_quantization is None and head.activation_quantization is not None
+    assert layers["model.embed_tokens"].scheme == quantization.embedding
+    if shared:
+        assert layers["model.embed_tokens"].group_size == layers["lm_head"].group_size
+        assert torch.equal(dequantized(embedding), dequantized(head))
+
+
+def test_what_is_not_quantized_is_one_table_but_in_bf16():
+    assert Quantization.for_config("none", tiny_config()).one_table
+    assert not Quantization.for_config("bf16", tiny_config()).one_table
 
 
 def test_scales_are_what_xnnpack_stores():

@@ -35,3 +35,17 @@ def test_what_runs_a_program_loads_nothing_of_what_makes_one():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "mobilellm_hf" in loaded and not loaded & {"datasets", "pandas", "pyarrow", "trl", "peft"}
+
+
+def test_running_a_program_does_not_load_the_exporter(small):
+    code = f"""
+import sys
+from mobilellm_hf.export import OnDeviceModel
+OnDeviceModel({str(small)!r}).generate([1, 2, 3], 2)
+assert "executorch.exir" not in sys.modules
+from executorch.extension.llm.custom_ops import custom_ops  # what exports loads the same libraries later
+from executorch.kernels import quantized
+print(OnDeviceModel({str(small)!r}).generate([1, 2, 3], 2).token_ids)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("("), done.stderr[-2000:]

@@ -115,7 +115,7 @@ def test_the_card_of_a_program_says_which_figures_are_of_the_model(run, tmp_path
     parts = ("## About it", "## During training", "## Pass rate")
     card = on_device(run).card
     assert all(f"{part}\n\n{said}the program was not measured.\n\n" in card for part in parts)
-    assert "embeddings tied" not in card
+    assert "| input and output embeddings tied | yes |" in card
     folder = make_evaluation(tmp_path / "evaluation", run / "tiny-base")
     beside = package_model(run / "tiny-base", BESIDE, pte=run / "device", evaluation=folder).card
     assert said not in beside and "of the weights; the program was not measured." in beside
@@ -125,8 +125,6 @@ def test_the_card_of_a_program_says_which_figures_are_of_the_model(run, tmp_path
     card = on_device(run, evaluation=folder).card
     assert all(f"{part}\n\n{said}what the program was" in card for part in parts) and "not measured." not in card
     assert "## Evaluation\n\n" + said not in card and "of training is of the model before quantization" in card
-    rewrite(run / "device/export.json", bytes={"embedding": 5, "head": 0})
-    assert "| input and output embeddings tied | yes |" in on_device(run).card
 
 
 def test_its_block_is_run_before_it_is_sent(run):
@@ -191,3 +189,10 @@ def test_results_are_of_the_program_or_of_the_weights(run, tmp_path):
     assert "| gsm8k_8shot | exact_match | 16.37 |" in on_device(run, evaluation=folder).card
     with pytest.raises(ValueError, match="is of an exported program and not of"):
         package_model(run / "tiny-base", BESIDE, evaluation=folder)
+
+
+def test_the_card_of_a_program_with_two_tables_does_not_say_that_they_are_one(run):
+    assert "| input and output embeddings tied | yes |" in on_device(run).card
+    quantization = json.loads((run / "device/export.json").read_text())["quantization"]
+    rewrite(run / "device/export.json", quantization=quantization | {"one_table": False})
+    assert "embeddings tied" not in on_device(run).card
