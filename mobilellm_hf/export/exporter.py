@@ -103,8 +103,8 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             cache = cache_bytes(graph.config, source.context, source.cache_dtype)
             stage.say(f"context {source.context:,}, cache {cache / 1e6:.0f} MB")
         with progress.stage("results"):
-            write_program(program, partial / PROGRAM)
-            verify(partial / PROGRAM, graph)
+            stored_once = write_program(program, partial / PROGRAM)
+            verify(partial / PROGRAM, graph, stored_once if source.quantization.one_table else None)
             for part in (source.tokenizer, graph.config, source.model.generation_config):
                 part.save_pretrained(partial)
             report = report_of(args, source, layers, graph.prefill)
@@ -230,8 +230,12 @@ def summary_of(layers: Mapping[str, QuantizedLayer]) -> str:
     )
 
 
-def verify(path: Path, graph: OnDeviceGraph) -> None:
-    """Raises a RuntimeError unless the file has the graph's quantized Linear layers and embedding, and no others."""
+def verify(path: Path, graph: OnDeviceGraph, stored_once: int | None = None) -> None:
+    """Raises a RuntimeError unless the file has the graph's quantized Linear layers and embedding, and no others.
+
+    Args:
+        stored_once: bytes that embedding and head were found to share, where they are to be one table.
+    """
     datatypes = {"8da4w": "qbint4", "8da8w": "qcint8"}
     layers = [read_back(module.weight) for module in graph.modules() if isinstance(module, nn.Linear)]
     wanted = Counter(
@@ -248,6 +252,8 @@ def verify(path: Path, graph: OnDeviceGraph) -> None:
     operators = {name.partition(".")[0] for name in read_operators(path) if "embedding" in name}
     if operators != {operator}:
         raise RuntimeError(f"{path} is not what was asked for: its embedding runs {operators}, not {operator}")
+    if stored_once == 0:
+        raise RuntimeError(f"{path} is not what was asked for: embedding and head, one table, are in it as two")
 
 
 def report_of(

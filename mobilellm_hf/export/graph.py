@@ -20,7 +20,7 @@ from mobilellm_hf.export.layers import (
     DeviceNorm,
     KVCache,
     for_swapped_inputs,
-    is_one_table,
+    shares_bytes,
     swap_neighbours,
 )
 from mobilellm_hf.export.requirements import need_executorch
@@ -61,7 +61,7 @@ class OnDeviceGraph(nn.Module):
         self.layers = nn.ModuleList(DeviceLayer(layer, config) for layer in decoder.layers)
         weight = decoder.norm.weight
         # The bytes that the embedding reads rightly, the head reads in another order.
-        self.head_swaps = is_one_table(self.embed_tokens.weight, self.lm_head.weight)
+        self.head_swaps = shares_bytes(self.embed_tokens.weight, self.lm_head.weight)
         if self.head_swaps:
             self.lm_head, weight = for_swapped_inputs(self.lm_head), swap_neighbours(weight)
         self.norm = DeviceNorm(config.hidden_size, config.rms_norm_eps, weight, weight.dtype)

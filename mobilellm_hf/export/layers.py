@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mobilellm_hf.export.quantization import with_fields
 from mobilellm_hf.modeling import MobileLLMConfig
 from mobilellm_hf.modeling.modeling_mobilellm import MobileLLMDecoderLayer
 
@@ -116,14 +117,12 @@ def swap_neighbours(values: torch.Tensor) -> torch.Tensor:
 def for_swapped_inputs(linear: nn.Linear) -> nn.Linear:
     """The same function of inputs whose neighbours have changed places; quantized, in groups of an even size."""
     weight = linear.weight
-    fields = {name: getattr(weight, name) for name in (*weight.tensor_data_names, *weight.tensor_attribute_names)}
     swapped = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-    fields["qdata"] = swap_neighbours(weight.qdata)
-    swapped.weight = nn.Parameter(type(weight)(**fields), requires_grad=False)
+    swapped.weight = nn.Parameter(with_fields(weight, qdata=swap_neighbours(weight.qdata)), requires_grad=False)
     return swapped
 
 
-def is_one_table(embedding: torch.Tensor, head: torch.Tensor) -> bool:
+def shares_bytes(embedding: torch.Tensor, head: torch.Tensor) -> bool:
     """Whether two weights are the same 4-bit integers, two of which share a byte.
 
     ExecuTorch's embedding has the first of the two in the upper half of the byte, XNNPACK in the lower one.

@@ -97,7 +97,8 @@ def _arguments(name: str, options: dict[str, Any]) -> ExportArguments:
         group_size=options.get("qlinear_group_size"),
         group_fall_back=fall_back,
         embedding=options.get("qembedding") or "none",
-        embedding_group_size=options.get("qembedding_group_size"),
+        # Optimum writes the file, in which one table with the head would be two.
+        embedding_group_size=options.get("qembedding_group_size") or 0,
     )
 
 

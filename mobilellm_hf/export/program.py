@@ -87,10 +87,11 @@ def is_exported(name: str | Path) -> bool:
     return (folder / PROGRAM).is_file() and not any(folder.glob("*.safetensors"))
 
 
-def write_program(program, path: Path) -> None:
+def write_program(program, path: Path) -> int:
+    """Returns how many bytes would be in the file twice, and are there once."""
     with open(path, "wb") as file:
         program.write_to_file(file)
-    store_once(path)
+    return store_once(path)
 
 
 @contextmanager

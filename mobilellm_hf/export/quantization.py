@@ -14,6 +14,7 @@ the file stores it once. Otherwise each gets scales of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,32 +137,29 @@ class Quantization:
         """Quantizes in place and reads back what every Linear and Embedding has become.
 
         Raises:
-            ValueError: the group does not divide a Linear; before anything is changed.
+            ValueError: the group does not divide a Linear, or embedding and head are no one table; before anything is
+                changed.
             RuntimeError: a layer did not become what was asked for.
         """
         need_executorch()
-        from torchao.quantization import quantize_
-
         wanted = {
             name: self.stores(name, module)
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, nn.Embedding))
         }
-        model.to(self.dtype).requires_grad_(False)
         embedding = model.get_input_embeddings()
-        of_head = {embedding} if self.one_table and self.embedding != "none" else set()
-        for scheme in sorted({entry for entry in wanted.values() if entry[0] in BITS}):
-            quantize_(
-                model,
-                _torchao_config(*scheme),
-                lambda module, name, scheme=scheme: wanted.get(name) == scheme and module not in of_head,
+        if self.one_table and embedding.weight is not model.lm_head.weight:
+            raise ValueError(
+                "tie_word_embeddings is true, and the weights of embedding and head differ: give "
+                "embedding_group_size: 0, which leaves them apart, or save the model with tie_word_embeddings: false"
             )
-        for name, (scheme, _) in wanted.items():
-            if scheme == "8da4w":
-                weight = model.get_submodule(name).weight
-                weight.scale = weight.scale.bfloat16().float()
+        model.to(self.dtype).requires_grad_(False)
+        of_head = {embedding} if self.one_table and self.embedding != "none" else set()
+        _quantize(model, wanted, of_head)
         if of_head:
-            embedding.weight = nn.Parameter(_without_activations(model.lm_head.weight), requires_grad=False)
+            embedding.weight = nn.Parameter(
+                with_fields(model.lm_head.weight, activation_quantization=None), requires_grad=False
+            )
         found = {name: read_back(model.get_submodule(name).weight) for name in wanted}
         for name, (scheme, group_size) in wanted.items():
             if (found[name].scheme, found[name].group_size) != (scheme, group_size):
@@ -189,10 +187,25 @@ def read_back(weight: torch.Tensor) -> QuantizedLayer:
     return QuantizedLayer(f"{prefix}{bits}w", weight.block_size[-1], tuple(weight.shape))
 
 
-def _without_activations(weight: torch.Tensor) -> torch.Tensor:
-    """The same integers and scales, not copies of them, for an Embedding, whose inputs are no activations."""
-    fields = {name: getattr(weight, name) for name in (*weight.tensor_data_names, *weight.tensor_attribute_names)}
-    return type(weight)(**fields | {"activation_quantization": None})
+def with_fields(weight: torch.Tensor, **changes) -> torch.Tensor:
+    """A quantized weight with some of its parts replaced, the others not copied."""
+    names = (*weight.tensor_data_names, *weight.tensor_attribute_names)
+    return type(weight)(**{name: getattr(weight, name) for name in names} | changes)
+
+
+def _quantize(model: PreTrainedModel, wanted: Mapping[str, tuple[str, int]], left_out: Set[nn.Module]) -> None:
+    from torchao.quantization import quantize_
+
+    for scheme in sorted({entry for entry in wanted.values() if entry[0] in BITS}):
+        quantize_(
+            model,
+            _torchao_config(*scheme),
+            lambda module, name, scheme=scheme: wanted.get(name) == scheme and module not in left_out,
+        )
+    for name, (scheme, _) in wanted.items():
+        if scheme == "8da4w":
+            weight = model.get_submodule(name).weight
+            weight.scale = weight.scale.bfloat16().float()
 
 
 def _torchao_config(scheme: str, group_size: int):

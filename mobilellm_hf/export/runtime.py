@@ -1,7 +1,7 @@
 """ExecuTorch's runtime in Python, without what exports: that would be resident beside every program.
 
 `portable_lib`, the module that ExecuTorch has for this, imports the exporter for a class of warnings, and so do the
-modules of its operators: 51 MB and a second at the least. Here are the same libraries, loaded as those modules do.
+modules of its operators: 51 MB and a second at the least. Here the same libraries are loaded, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from pathlib import Path
 import torch
 
 from mobilellm_hf.export.program import METHOD, PIECE, REPORT, quiet, silent_runtime
+from mobilellm_hf.export.requirements import INSTALL
 
 # Bytes 4 to 8 of a program; the digits count incompatible changes of the format.
 FILE_IDENTIFIER = b"ET"
-# Of the llama and the quantized operators.
-KERNELS = ("extension/llm/custom_ops/libcustom_ops_aot_lib.*", "kernels/quantized/libquantized_ops_aot_lib.*")
+# Folder -> pattern of the one library in it: the llama and the quantized operators.
+KERNELS = {"extension/llm/custom_ops": "*custom_ops_aot_lib.*", "kernels/quantized": "*quantized_ops_aot_lib.*"}
 
 
 def _runtime():
-    import executorch
+    """Raises an ImportError where ExecuTorch lacks a library."""
     from executorch.extension.pybindings import _C
 
-    folder = Path(next(iter(executorch.__path__)))
-    for pattern in KERNELS:
-        torch.ops.load_library(next(folder.glob(pattern)))
+    root = Path(_C.__file__).parents[2]
+    for folder, pattern in KERNELS.items():
+        libraries = list((root / folder).glob(pattern))
+        if len(libraries) != 1:
+            raise ImportError(f"{root / folder} has {len(libraries)} files {pattern} instead of one: {INSTALL}")
+        torch.ops.load_library(libraries[0])
     return _C
 
 

@@ -86,6 +86,8 @@ def check_room(
 def check_disk(folder: Path, config: MobileLLMConfig, quantization: Quantization, tokenizer_bytes: int) -> None:
     """Raises an OSError with both numbers where the disk of a folder to be has no room for what will be written."""
     disk = sum(stored_bytes(shape_of(config), quantization).values()) + tokenizer_bytes + SLACK
+    if quantization.one_table:  # it is written twice before it is stored once
+        disk += config.vocab_size * config.hidden_size * BITS.get(quantization.linear, 32) // 8
     if disk > (free := shutil.disk_usage(folder.resolve().parent).free):
         raise OSError(
             f"output={folder}: program and tokenizer take about {disk / 1e6:.0f} MB, and its disk has "

@@ -106,6 +106,8 @@ def test_a_file_with_another_embedding_is_found_out(small, embedding, operator):
     verify(small / "model.pte", graph_with("4w"))
     with pytest.raises(RuntimeError, match=f"its embedding runs .*embedding_4bit.*, not .*{operator}"):
         verify(small / "model.pte", graph_with(embedding))
+    with pytest.raises(RuntimeError, match="embedding and head, one table, are in it as two"):
+        verify(small / "model.pte", graph_with("4w"), stored_once=0)
 
 
 def test_the_report_has_every_layer_and_the_sizes_add_up(small):

@@ -62,6 +62,16 @@ def test_a_tied_embedding_is_one_table_with_a_head_of_as_many_bits(linear, optio
         assert torch.equal(dequantized(embedding), dequantized(head))
 
 
+def test_a_model_that_only_says_that_it_is_tied_is_refused_before_anything_is_changed():
+    model = tiny_model(tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match="the weights of embedding and head differ: give embedding_group_size: 0"):
+        Quantization.for_config("8da4w", model.config).apply(model)
+    assert read_back(model.lm_head.weight).scheme == "float32"
+    Quantization.for_config("8da4w", model.config, embedding_group_size=0).apply(model)
+    assert not torch.equal(model.lm_head.weight.qdata, model.model.embed_tokens.weight.qdata)
+
+
 def test_what_is_not_quantized_is_one_table_but_in_bf16():
     assert Quantization.for_config("none", tiny_config()).one_table
     assert not Quantization.for_config("bf16", tiny_config()).one_table

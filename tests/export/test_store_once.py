@@ -23,7 +23,7 @@ def twice(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("twice")
     model = save_model(folder / "model", num_hidden_layers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "store_once", lambda path: 0)
+        patch.setattr(program, "store_once", lambda path: 1)  # and nothing is done
         return export(model, folder / "out", quantize=quantize, embedding=embedding, prefill=16) / "model.pte", bits
 
 
@@ -41,7 +41,6 @@ def test_the_shorter_file_is_the_same_program(twice, tmp_path):
     scales = 352 * 4 if bits == 8 else 0  # a scale a row, in fp32 on both sides
     assert 0 <= removed - TABLE * bits // 8 - scales < 256  # and what aligned it
     assert long.stat().st_size - short.stat().st_size == removed
-    assert not list(short.parent.glob("*.once"))
     expected = logits(long)
     assert expected.std() > 0.1 and torch.equal(logits(short), expected)
 
