@@ -4,8 +4,9 @@
 
 A text is noise with pairs of a key and a value strewn in. At its end the keys are asked for in another order, and each
 is followed by its value: multi-query associative recall (Arora et al., 2023, arXiv 2312.04927). A MobileLLM of two
-layers learns that from texts of 64 tokens and then from texts twice as long, again and again, up to `--length`; what
-it has learned of a length is saved, and a killed run goes on from there. Then programs with either cache read held-out
+layers learns to go on with what it has read before, from texts of 64 tokens the second half of which repeats the first
+one; then to recall, from texts of 64 tokens and from texts twice as long, again and again, up to `--length`. What it
+has learned of a length is saved, and a killed run goes on from there. Then programs with either cache read held-out
 texts and are asked key by key, as they decode.
 """
 
@@ -35,8 +36,8 @@ SHAPE = dict(
     vocab_size=NOISE + KEYS + VALUES, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
     num_attention_heads=2, num_key_value_heads=1, head_dim=64,
 )  # fmt: skip
-TOKENS_A_STEP, RATE, WARMUP = 4096, 3e-3, 100
-LEARNED, SMOOTHING, MOST_STEPS = 0.98, 0.95, 3000
+TOKENS_A_STEP, RATE, WARMUP = 2048, 3e-3, 100
+LEARNED, SMOOTHING, MOST_STEPS = 0.95, 0.95, 3000
 PROGRAMS = {
     "fp32, cache fp32": ["--quantize", "none", "--kv_cache", "float32"],
     "fp32, cache bf16": ["--quantize", "none"],
@@ -60,22 +61,35 @@ def make_texts(count: int, length: int, seed: int) -> tuple[torch.Tensor, int, t
     return texts, body, torch.arange(body, length, 2) - places.gather(1, asked)
 
 
-def train(model: MobileLLMForCausalLM, length: int, optimizer: torch.optim.Optimizer, console: Console) -> None:
-    """Until it knows 98 of 100 values."""
-    known, step = 0.0, 0
+def make_repetitions(count: int, seed: int) -> torch.Tensor:
+    """(count, 64): half of it random, the other half the same from another place on."""
+    random, half = torch.Generator().manual_seed(seed), SHORTEST // 2
+    first = torch.randint(NOISE, NOISE + KEYS + VALUES, (count, half), generator=random)
+    places = torch.arange(half) + torch.randint(half, (count, 1), generator=random)
+    return torch.cat((first, first.gather(1, places % half)), dim=1)
+
+
+def train(model: MobileLLMForCausalLM, length: int | None, console: Console) -> None:
+    """Until it knows 95 of 100 answers in texts of `length`, or in repetitions."""
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.95), weight_decay=0.01)
+    name, known, step = f"{length:,} tokens" if length else "repetition", 0.0, 0
     with console.status("") as status:
         while known < LEARNED and step < MOST_STEPS:
             optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
-            texts, body, _ = make_texts(max(1, TOKENS_A_STEP // length), length, seed=1 + step)
-            logits, wanted = model(texts).logits[:, body::2], texts[:, body + 1 :: 2]
+            count, stride = max(1, TOKENS_A_STEP // (length or SHORTEST)), 2 if length else 1
+            if length:
+                texts, begin, _ = make_texts(count, length, seed=1 + step)
+            else:
+                texts, begin = make_repetitions(count, seed=step), SHORTEST // 2
+            logits, wanted = model(texts).logits[:, begin:-1:stride], texts[:, begin + 1 :: stride]
             F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             right = (logits.argmax(-1) == wanted).double().mean().item()
             known, step = SMOOTHING * known + (1 - SMOOTHING) * right, step + 1
-            status.update(f"{length:,} tokens, step {step:,}: knows {known:.0%}")
-    console.print(f"{length:,} tokens, {step:,} steps: knows {known:.1%}", style="dim")
+            status.update(f"{name}, step {step:,}: knows {known:.0%}")
+    console.print(f"{name}, {step:,} steps: knows {known:.1%}", style="dim")
 
 
 def trained(args: argparse.Namespace, console: Console) -> Path:
@@ -84,16 +98,15 @@ def trained(args: argparse.Namespace, console: Console) -> Path:
     tokenizer = train_tokenizer(["a small vocabulary for noise"] * 9, 300, show_progress=False)
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     model = MobileLLMForCausalLM(MobileLLMConfig(**SHAPE, max_position_embeddings=args.length, **ends))
-    length = SHORTEST
-    while length <= args.length:
-        folder = args.folder / f"model-{length}"
+    doublings = range((args.length // SHORTEST).bit_length())
+    for length in (None, *(SHORTEST << doubling for doubling in doublings)):
+        folder = args.folder / f"model-{length or 'repetition'}"
         if folder.exists():
             model = MobileLLMForCausalLM.from_pretrained(folder, max_position_embeddings=args.length)
         else:
-            train(model, length, torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.95), weight_decay=0.01), console)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        length *= 2
+            train(model, length, console)
+            for part in (model, tokenizer):
+                part.save_pretrained(folder)
     return folder
 
 
@@ -117,8 +130,8 @@ def ask(program: OnDeviceModel, length: int, count: int, name: str) -> tuple[tor
 
 
 def compare(model: Path, args: argparse.Namespace) -> Table:
-    lengths = [length for length in (512, 2048, 8192, 32_768) if length < args.length] + [args.length]
-    columns = [f"{length:,}: {what}" for length in lengths for what in ("right", "farther half", "nats")]
+    lengths = sorted({min(512, args.length), args.length})
+    columns = [f"{length:,}: {what}" for length in lengths for what in ("right", "far half", "nats")]
     table = Table("", *columns, title=f"Values recalled, {args.texts} texts of each length")
     for name, options in PROGRAMS.items():
         path = args.folder / name.replace(", ", "-").replace(" ", "-")
