@@ -50,6 +50,7 @@ benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/on_device.py --folder runs/on_device
+	$(BIN)/python benchmarks/on_device_retrieval.py --folder runs/on_device_retrieval
 	$(if $(DATA),$(BIN)/python benchmarks/evidence.py --data $(DATA))
 
 clean:

@@ -4,7 +4,8 @@
 
 The same texts go through the model in eager, the model quantized in eager, and programs with the quantization and the
 cache of each row. A program is asked token by token, as it is when it generates, so what its cache holds counts. The
-texts are held-out documents of the embedded corpus, as many tokens each as `--length` says.
+texts are held-out documents of the embedded corpus, as many tokens each as `--length` says, joined where none is so
+long.
 """
 
 from __future__ import annotations
@@ -87,11 +88,15 @@ def compare(args: argparse.Namespace, texts: list[list[int]]) -> Table:
 
 
 def held_out(tokenizer, count: int, length: int) -> list[list[int]]:
+    """Beginnings of documents; where too few are so long, pieces of documents that follow one another."""
     corpus = load_corpus("embedded:stdlib,sympy_docs,numpy_docs,python_reference", split="test")
-    documents = (tokenizer(text)["input_ids"][:length] for text in corpus["text"])
-    texts = [tokens for tokens in documents if len(tokens) == length]
+    documents = [tokenizer(text)["input_ids"] for text in corpus["text"]]
+    texts = [tokens[:length] for tokens in documents if len(tokens) >= length]
     if len(texts) < count:
-        raise ValueError(f"only {len(texts)} held-out documents have {length} tokens: lower --texts or --length")
+        joined = [token for tokens in documents for token in tokens]
+        texts = [joined[start : start + length] for start in range(0, len(joined) - length + 1, length)]
+    if len(texts) < count:
+        raise ValueError(f"there are only {len(texts)} held-out texts of {length} tokens: lower --texts or --length")
     return texts[:: len(texts) // count][:count]
 
 

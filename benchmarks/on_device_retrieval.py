@@ -134,7 +134,7 @@ def compare(model: Path, args: argparse.Namespace) -> Table:
     columns = [f"{length:,}: {what}" for length in lengths for what in ("right", "far half", "nats")]
     table = Table("", *columns, title=f"Values recalled, {args.texts} texts of each length")
     for name, options in PROGRAMS.items():
-        path = args.folder / name.replace(", ", "-").replace(" ", "-")
+        path = model.with_name(f"{model.name}-" + name.replace(", ", "-").replace(" ", "-"))
         if not path.exists():
             subprocess.run([sys.executable, RECIPE, "--model", model, "--output", path, *options], check=True)
         program, cells = OnDeviceModel(path), []

@@ -51,7 +51,7 @@ from mobilellm_hf.export.program import (
 )
 from mobilellm_hf.export.quantization import Quantization, QuantizedLayer, read_back
 from mobilellm_hf.export.requirements import need_executorch
-from mobilellm_hf.export.size import cache_bytes, check_disk, check_room, size_table, stored_bytes
+from mobilellm_hf.export.size import cache_bytes, check_disk, check_room, shared_bytes, size_table, stored_bytes
 from mobilellm_hf.modeling import MobileLLMConfig, MobileLLMForCausalLM
 from mobilellm_hf.progress import Stage, StageProgress, StagesWithin
 
@@ -104,7 +104,7 @@ def run_export(args: ExportArguments, console: Console, progress: StageProgress 
             stage.say(f"context {source.context:,}, cache {cache / 1e6:.0f} MB")
         with progress.stage("results"):
             stored_once = write_program(program, partial / PROGRAM)
-            verify(partial / PROGRAM, graph, stored_once if source.quantization.one_table else None)
+            verify(partial / PROGRAM, graph, shared_bytes(graph.config, source.quantization) - stored_once)
             for part in (source.tokenizer, graph.config, source.model.generation_config):
                 part.save_pretrained(partial)
             report = report_of(args, source, layers, graph.prefill)
@@ -230,11 +230,11 @@ def summary_of(layers: Mapping[str, QuantizedLayer]) -> str:
     )
 
 
-def verify(path: Path, graph: OnDeviceGraph, stored_once: int | None = None) -> None:
+def verify(path: Path, graph: OnDeviceGraph, stored_twice: int = 0) -> None:
     """Raises a RuntimeError unless the file has the graph's quantized Linear layers and embedding, and no others.
 
     Args:
-        stored_once: bytes that embedding and head were found to share, where they are to be one table.
+        stored_twice: bytes that embedding and head were to share, and were not found to.
     """
     datatypes = {"8da4w": "qbint4", "8da8w": "qcint8"}
     layers = [read_back(module.weight) for module in graph.modules() if isinstance(module, nn.Linear)]
@@ -252,7 +252,7 @@ def verify(path: Path, graph: OnDeviceGraph, stored_once: int | None = None) -> 
     operators = {name.partition(".")[0] for name in read_operators(path) if "embedding" in name}
     if operators != {operator}:
         raise RuntimeError(f"{path} is not what was asked for: its embedding runs {operators}, not {operator}")
-    if stored_once == 0:
+    if stored_twice > 0:
         raise RuntimeError(f"{path} is not what was asked for: embedding and head, one table, are in it as two")
 
 

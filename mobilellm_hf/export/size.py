@@ -51,6 +51,12 @@ def stored_bytes(model: PreTrainedModel, quantization: Quantization) -> dict[str
     return sizes
 
 
+def shared_bytes(config: MobileLLMConfig, quantization: Quantization) -> int:
+    """Of the table that embedding and head are, where they are one."""
+    values = config.vocab_size * config.hidden_size if quantization.one_table else 0
+    return values * BITS.get(quantization.linear, 32) // 8
+
+
 def cache_bytes(config: MobileLLMConfig, context: int, cache_dtype: torch.dtype) -> int:
     """Of keys and values, in memory as the model runs; the file holds none."""
     width = config.num_key_value_heads * config.head_dim
@@ -86,8 +92,7 @@ def check_room(
 def check_disk(folder: Path, config: MobileLLMConfig, quantization: Quantization, tokenizer_bytes: int) -> None:
     """Raises an OSError with both numbers where the disk of a folder to be has no room for what will be written."""
     disk = sum(stored_bytes(shape_of(config), quantization).values()) + tokenizer_bytes + SLACK
-    if quantization.one_table:  # it is written twice before it is stored once
-        disk += config.vocab_size * config.hidden_size * BITS.get(quantization.linear, 32) // 8
+    disk += shared_bytes(config, quantization)  # which are written twice before they are stored once
     if disk > (free := shutil.disk_usage(folder.resolve().parent).free):
         raise OSError(
             f"output={folder}: program and tokenizer take about {disk / 1e6:.0f} MB, and its disk has "

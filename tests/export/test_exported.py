@@ -107,7 +107,7 @@ def test_a_file_with_another_embedding_is_found_out(small, embedding, operator):
     with pytest.raises(RuntimeError, match=f"its embedding runs .*embedding_4bit.*, not .*{operator}"):
         verify(small / "model.pte", graph_with(embedding))
     with pytest.raises(RuntimeError, match="embedding and head, one table, are in it as two"):
-        verify(small / "model.pte", graph_with("4w"), stored_once=0)
+        verify(small / "model.pte", graph_with("4w"), stored_twice=1)
 
 
 def test_the_report_has_every_layer_and_the_sizes_add_up(small):

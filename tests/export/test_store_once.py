@@ -23,7 +23,7 @@ def twice(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("twice")
     model = save_model(folder / "model", num_hidden_layers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "store_once", lambda path: 1)  # and nothing is done
+        patch.setattr(program, "store_once", lambda path: 10**9)  # says so, and does nothing
         return export(model, folder / "out", quantize=quantize, embedding=embedding, prefill=16) / "model.pte", bits
 
 
@@ -70,6 +70,13 @@ def test_what_is_there_once_stays_as_it_is(twice, tmp_path):
     store_once(short)
     once = short.read_bytes()
     assert store_once(short) == 0 and short.read_bytes() == once
+
+
+def test_an_export_with_both_does_not_get_its_name(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "store_once", lambda path: 352 * 64 // 2 - 1)
+    with pytest.raises(RuntimeError, match="embedding and head, one table, are in it as two"):
+        export(model_folder, tmp_path / "out", prefill=16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_program_is_named(tmp_path):
