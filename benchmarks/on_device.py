@@ -1,6 +1,6 @@
 """Table 10 on this machine: decoding, prefill, file, memory and load time of a shape on a device and elsewhere.
 
-    python benchmarks/on_device.py --folder runs/on_device                      # 140M to 32k, an hour on two cores
+    python benchmarks/on_device.py --folder runs/on_device                      # 140M to 32k, 40 minutes on two cores
     python benchmarks/on_device.py --folder runs/on_device --contenders ours llama.cpp --positions 1024 8192
     pip install llama-cpp-python gguf                                           # for the contenders of llama.cpp
 

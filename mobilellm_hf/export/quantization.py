@@ -149,9 +149,11 @@ class Quantization:
         }
         embedding = model.get_input_embeddings()
         if self.one_table and embedding.weight is not model.lm_head.weight:
+            # Where the head has a scale a row, or none, no other size leaves the embedding apart.
+            apart = "give embedding_group_size: 0, which leaves them apart, or " if self.group_size else ""
             raise ValueError(
-                "tie_word_embeddings is true, and the weights of embedding and head differ: give "
-                "embedding_group_size: 0, which leaves them apart, or save the model with tie_word_embeddings: false"
+                "tie_word_embeddings is true, and the weights of embedding and head differ: "
+                f"{apart}save the model with tie_word_embeddings: false"
             )
         model.to(self.dtype).requires_grad_(False)
         of_head = {embedding} if self.one_table and self.embedding != "none" else set()

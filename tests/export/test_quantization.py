@@ -67,6 +67,9 @@ def test_a_model_that_only_says_that_it_is_tied_is_refused_before_anything_is_ch
     model.config.tie_word_embeddings = True
     with pytest.raises(ValueError, match="the weights of embedding and head differ: give embedding_group_size: 0"):
         Quantization.for_config("8da4w", model.config).apply(model)
+    for linear, embedding in (("none", "none"), ("8da8w", "8w")):
+        with pytest.raises(ValueError, match="differ: save the model with tie_word_embeddings: false"):
+            Quantization.for_config(linear, model.config, embedding=embedding).apply(model)
     assert read_back(model.lm_head.weight).scheme == "float32"
     Quantization.for_config("8da4w", model.config, embedding_group_size=0).apply(model)
     assert not torch.equal(model.lm_head.weight.qdata, model.model.embed_tokens.weight.qdata)
